@@ -1,0 +1,172 @@
+"""What flows between stages: typed folders, each with an `artifact.json` that says what it is and where it came from.
+
+Types are nominal and few, and legal order is their subtype relation:
+
+    Artifact > Checkpoint > DenseCheckpoint | QuantizedCheckpoint
+             > Dataset
+             > EvalReport
+
+A checkpoint is an ordinary Hugging Face folder; `artifact.json` stands beside its files and is written last, so its
+existence means that the folder is whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pipeline.spec import Frozen, ModelSpec
+
+MANIFEST = "artifact.json"
+MANIFEST_SCHEMA = 1
+
+
+class DatasetSpec(Frozen):
+    """One split of a dataset: a file of documents. `digest` is over its content, never over its path."""
+
+    split: str
+    format: Literal["text", "messages", "tokens"] = "text"
+    digest: str
+    nbytes: int
+
+
+Spec = ModelSpec | DatasetSpec | None
+
+
+class FileRecord(Frozen):
+    nbytes: int
+    sha256: str
+
+
+class Provenance(Frozen):
+    """One stage that was applied on the way to an artifact."""
+
+    node: str
+    stage: str
+    key: str
+    params: dict[str, Any]
+
+
+class Manifest(Frozen):
+    """`artifact.json`. Only `key` is identity; everything below `environment` is provenance."""
+
+    schema_version: Literal[1] = MANIFEST_SCHEMA
+    type: str
+    key: str
+    stage: str
+    version: int
+    params: dict[str, Any]
+    inputs: dict[str, str]
+    backend: dict[str, str]
+    spec: ModelSpec | None = None
+    outputs: dict[str, str] = {}  # port -> artifact type, for a stage with several
+    history: tuple[Provenance, ...] = ()
+    tokenizer: str | None = None
+    read: dict[str, str] = {}  # port -> digest of the bytes a report was computed from
+    metrics: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+    files: dict[str, FileRecord]
+    environment: dict[str, str]
+    execution: dict[str, Any]
+    fingerprint: str
+    seconds: float
+    peak_rss: int
+    resumes: int = 0
+    created: str
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """ValueError (pydantic's or json's) where the file is no manifest; OSError where there is none."""
+        return cls.model_validate_json((folder / MANIFEST).read_bytes())
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder on disk, ready to be read. `metrics` is what a stage wants recorded of it."""
+
+    path: Path
+    spec: Spec = None
+    key: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    port: ClassVar[str] = "artifact"  # what its output is called in references such as `prune.model`
+
+
+@dataclass(frozen=True)
+class Checkpoint(Artifact):
+    """A Hugging Face folder that stock `AutoModelForCausalLM.from_pretrained` loads."""
+
+    port: ClassVar[str] = "model"
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return self.spec if isinstance(self.spec, ModelSpec) else ModelSpec.from_config(self.config)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        return config
+
+
+@dataclass(frozen=True)
+class DenseCheckpoint(Checkpoint):
+    """Every weight in bf16, fp16 or fp32."""
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint(Checkpoint):
+    """Linear weights packed to fewer bits, in the compressed-tensors format."""
+
+
+@dataclass(frozen=True)
+class Dataset(Artifact):
+    """One split of documents: `.jsonl` with a `text` (and optional `id`) a line, or `.txt` with `<|endoftext|>` between them."""
+
+    port: ClassVar[str] = "data"
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yield (id, text). ValueError names the line that is no document."""
+        if self.path.suffix == ".jsonl":
+            with open(self.path, encoding="utf-8") as stream:
+                for number, line in enumerate(stream, 1):
+                    try:
+                        row = json.loads(line)
+                        text = row["text"]
+                    except (ValueError, KeyError, TypeError):
+                        raise ValueError(f'{self.path} line {number} is not a JSON object with a "text"') from None
+                    yield str(row.get("id", number)), text
+        else:
+            for number, text in enumerate(self.path.read_text(encoding="utf-8").split("<|endoftext|>"), 1):
+                if text.strip():
+                    yield str(number), text.strip()
+
+
+@dataclass(frozen=True)
+class EvalReport(Artifact):
+    """`report.json`: quality of one checkpoint, with per-document losses so that two reports can be paired."""
+
+    port: ClassVar[str] = "report"
+
+
+TYPES: dict[str, type[Artifact]] = {
+    cls.__name__: cls for cls in (Artifact, Checkpoint, DenseCheckpoint, QuantizedCheckpoint, Dataset, EvalReport)
+}
+
+
+def sha256_file(file: Path) -> str:
+    with open(file, "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str | None:
+    """Digest of what decides token ids: model, normalizer, pre-tokenizer and added tokens; None without tokenizer.json.
+
+    Not over the file, which every re-saving library formats its own way.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    parts = {name: content.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""What can go wrong, by whose hand, and the exit code that says so.
+
+A message is one sentence: what is wrong, where (`stage.field`), what to write instead. Problems that can be found
+together are raised together: `RecipeError` and `PlanError` carry a list of them.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LlmpressError(Exception):
+    """Base of everything a user may see; never shown with a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(LlmpressError):
+    """You wrote it wrong: an unknown name, a value out of range, an order whose types do not fit."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PlanError(RecipeError):
+    """It is well-formed but cannot fit or run there."""
+
+    exit_code = 3
+
+
+class StageFailed(LlmpressError):
+    """A stage broke while running. `log` is the file that holds everything it printed."""
+
+    exit_code = 4
+
+    def __init__(self, node: str, reason: str, *, key: str = "", log: str = "", tail: str = ""):
+        self.node, self.reason, self.key, self.log, self.tail = node, reason, key, log, tail
+        super().__init__(f"{node}: {reason}" + (f" (log: {log})" if log else ""))
+
+
+class StoreError(LlmpressError):
+    """The outputs folder is not what it claims to be, cannot be written, or its disk is full."""
+
+    exit_code = 5
+
+
+class GateFailed(LlmpressError):
+    """The run finished, but a quality gate says that the result must not be deployed."""
+
+    exit_code = 6
+
+
+class Interrupted(LlmpressError):
+    """Ctrl-C or SIGTERM: what had been published stays, the running stage is stopped."""
+
+    exit_code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'gptq'?` when something is close, else `; there are: awq, gptq`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; there are: {', '.join(known)}" if known else ""

@@ -1,0 +1,304 @@
+"""Shapes to bytes, in closed form: what a model is before any weight of it is read.
+
+A `ModelSpec` is a tuple of module groups (name pattern, layers, shape, `WeightFormat`) plus the layout of its KV cache,
+all of it derived from the dozen integers of an `Architecture`. It predicts the exact tensor table of the checkpoint on
+disk: names, dtypes, shapes, hence bytes. Example: a 14336 x 4096 linear layer packed at 4 bits with symmetric groups of 128 is
+14336 * 512 int32 words (29,360,128 B) + 14336 * 32 bf16 scales (917,504 B) + its shape (16 B) = 30,277,648 B.
+
+Formats: bf16/fp16/fp32 as in safetensors; `pack-quantized` as in compressed-tensors 0.19 (dense packing: 32 values of b bits
+fill b int32 words).
+"""
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import did_you_mean
+from pipeline.headers import ITEM_BYTES, TensorEntry
+
+DType = Literal["BF16", "F16", "F32"]
+TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+IGNORABLE = ("*rotary_emb.inv_freq",)  # left in files by old savers; recomputed by every reader
+
+
+class Frozen(BaseModel):
+    """An immutable value that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class WeightFormat(Frozen):
+    """How the weight matrices of a module group are stored. `num_bits` None means dense, in the model's dtype."""
+
+    num_bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+
+    @property
+    def is_dense(self) -> bool:
+        return self.num_bits is None
+
+    def tensors(self, shape: tuple[int, int], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Suffix -> (dtype, shape) of what stands on disk for one [out, in] weight."""
+        if self.num_bits is None:
+            return {"weight": (dtype, shape)}
+        rows, columns = shape
+        assert self.group_size, "a packed format has a group size"
+        groups = columns // self.group_size
+        table: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_packed": ("I32", (rows, math.ceil(columns * self.num_bits / 32))),
+            "weight_scale": (dtype, (rows, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if not self.symmetric:
+            table["weight_zero_point"] = ("I32", (math.ceil(rows * self.num_bits / 32), groups))
+        return table
+
+
+class ModuleGroup(Frozen):
+    """Modules alike in everything but their layer. `name` holds `{layer}` where `layers` is not empty."""
+
+    name: str
+    kind: Literal["embedding", "linear", "norm"]
+    shape: tuple[int, ...]
+    layers: tuple[int, ...] = ()
+    bias: bool = False
+    format: WeightFormat = WeightFormat()
+
+    @property
+    def module_names(self) -> list[str]:
+        return [self.name.format(layer=layer) for layer in self.layers] or [self.name]
+
+    @property
+    def count(self) -> int:
+        return max(1, len(self.layers))
+
+    def tensors(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Suffix -> (dtype, shape) of one module of the group."""
+        table: dict[str, tuple[str, tuple[int, ...]]]
+        table = {"weight": (dtype, self.shape)} if len(self.shape) == 1 else self.format.tensors((self.shape[0], self.shape[1]), dtype)
+        return table | ({"bias": (dtype, self.shape[:1])} if self.bias else {})
+
+
+class KVCacheSpec(Frozen):
+    """The key and value cache of one sequence: per token and layer, two vectors per KV head."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    num_bits: int = 16
+    scale_bytes: int = 0  # per token, layer and head, for each of key and value
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * (self.head_dim * self.num_bits // 8 + self.scale_bytes)
+
+
+class Architecture(Frozen):
+    """The integers that decide every shape of a decoder-only model of the Llama family."""
+
+    model_type: str
+    dtype: DType
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    tied: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Architecture":
+        """Read a Hugging Face `config.json`. ValueError names the field that is missing or makes no sense."""
+        model_type = config.get("model_type")
+        if model_type not in SUPPORTED:
+            raise ValueError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), SUPPORTED)}")
+        wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in wanted:
+            if not isinstance(config.get(field), int) or config[field] < 1:
+                raise ValueError(f"config.json: {field} is {config.get(field)!r}; it must be a positive integer")
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        if dtype not in TORCH_DTYPES:
+            raise ValueError(f"config.json: dtype {dtype!r} is not supported; there are: {', '.join(TORCH_DTYPES)}")
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ValueError(f"config.json: {heads} query heads cannot share {kv_heads} KV heads evenly")
+        bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+        return cls(
+            model_type=model_type,
+            dtype=TORCH_DTYPES[dtype],
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            max_position=config.get("max_position_embeddings") or 2048,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=bias or model_type == "qwen2",
+            o_bias=bias,
+            mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
+            qk_norm=model_type == "qwen3",
+        )
+
+    def groups(self) -> Iterator[ModuleGroup]:
+        layers = tuple(range(self.num_layers))
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+        def linear(name: str, shape: tuple[int, int], bias: bool) -> ModuleGroup:
+            return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="linear", shape=shape, layers=layers, bias=bias)
+
+        def norm(name: str, width: int) -> ModuleGroup:
+            return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="norm", shape=(width,), layers=layers)
+
+        yield ModuleGroup(name="model.embed_tokens", kind="embedding", shape=(self.vocab_size, self.hidden_size))
+        yield norm("input_layernorm", self.hidden_size)
+        yield linear("self_attn.q_proj", (q, self.hidden_size), self.qkv_bias)
+        yield linear("self_attn.k_proj", (kv, self.hidden_size), self.qkv_bias)
+        yield linear("self_attn.v_proj", (kv, self.hidden_size), self.qkv_bias)
+        yield linear("self_attn.o_proj", (self.hidden_size, q), self.o_bias)
+        if self.qk_norm:
+            yield norm("self_attn.q_norm", self.head_dim)
+            yield norm("self_attn.k_norm", self.head_dim)
+        yield norm("post_attention_layernorm", self.hidden_size)
+        yield linear("mlp.gate_proj", (self.intermediate_size, self.hidden_size), self.mlp_bias)
+        yield linear("mlp.up_proj", (self.intermediate_size, self.hidden_size), self.mlp_bias)
+        yield linear("mlp.down_proj", (self.hidden_size, self.intermediate_size), self.mlp_bias)
+        yield ModuleGroup(name="model.norm", kind="norm", shape=(self.hidden_size,))
+        if not self.tied:
+            yield ModuleGroup(name="lm_head", kind="linear", shape=(self.vocab_size, self.hidden_size))
+
+
+class ModelSpec(Frozen):
+    """A model as its checkpoint will stand on disk. Build it with `of` or `from_config`, change it with `with_format`."""
+
+    architecture: Architecture
+    groups: tuple[ModuleGroup, ...]
+    kv_cache: KVCacheSpec
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> "ModelSpec":
+        """The dense model of that architecture, with a 16-bit cache."""
+        cache = KVCacheSpec(layers=architecture.num_layers, kv_heads=architecture.num_kv_heads, head_dim=architecture.head_dim)
+        return cls(architecture=architecture, groups=tuple(architecture.groups()), kv_cache=cache)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
+        """From a `config.json`, its compressed-tensors `quantization_config` included. ValueError where it cannot be."""
+        spec = cls.of(Architecture.from_config(config))
+        quantization = config.get("quantization_config")
+        if not quantization:
+            return spec
+        method, layout = quantization.get("quant_method"), quantization.get("format")
+        if method != "compressed-tensors" or layout != "pack-quantized":
+            raise ValueError(f"the checkpoint is quantized as {method}/{layout}; only compressed-tensors/pack-quantized is read")
+        groups = list(quantization["config_groups"].values())
+        if len(groups) != 1 or groups[0]["targets"] != ["Linear"] or groups[0].get("input_activations"):
+            raise ValueError("the checkpoint mixes quantization schemes; only one weight-only scheme over all Linear layers is read")
+        weights = groups[0]["weights"]
+        if weights["type"] != "int" or weights["strategy"] != "group":
+            raise ValueError(f"the checkpoint's weights are {weights['type']} by {weights['strategy']}; only int by group is read")
+        form = WeightFormat(num_bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
+        return spec.with_format(form, tuple(quantization.get("ignore") or ()))
+
+    @property
+    def dtype(self) -> DType:
+        return self.architecture.dtype
+
+    @property
+    def is_dense(self) -> bool:
+        return all(group.format.is_dense for group in self.groups)
+
+    @property
+    def linear_groups(self) -> tuple[ModuleGroup, ...]:
+        return tuple(group for group in self.groups if group.kind == "linear")
+
+    def with_format(self, form: WeightFormat, ignore: tuple[str, ...] = ()) -> "ModelSpec":
+        """Every Linear layer not named in `ignore` (exact, or `re:` pattern matched from the start) stored as `form`.
+
+        ValueError names each layer whose input width the group size does not divide.
+        """
+        groups, problems = [], []
+        for group in self.groups:
+            if group.kind != "linear":
+                groups.append(group)
+                continue
+            left = tuple(n for n in group.module_names if not ignored(n, ignore))
+            if left and form.group_size and group.shape[1] % form.group_size:
+                problems.append(f"{group.name.replace('{layer}', '*')} has {group.shape[1]} columns")
+            if len(left) == group.count:
+                groups.append(group.model_copy(update={"format": form}))
+            elif not left:
+                groups.append(group)
+            else:
+                chosen = tuple(i for i in group.layers if group.name.format(layer=i) in left)
+                rest = tuple(i for i in group.layers if i not in chosen)
+                groups.append(group.model_copy(update={"layers": chosen, "format": form}))
+                groups.append(group.model_copy(update={"layers": rest}))
+        if problems:
+            raise ValueError(f"group_size {form.group_size} does not divide: {'; '.join(problems)}")
+        return self.model_copy(update={"groups": tuple(groups)})
+
+    def dense(self) -> "ModelSpec":
+        """The same model with every weight dense, its cache layout kept."""
+        return ModelSpec.of(self.architecture).model_copy(update={"kv_cache": self.kv_cache})
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor of the checkpoint."""
+        return {
+            f"{module}.{suffix}": entry
+            for group in self.groups
+            for module in group.module_names
+            for suffix, entry in group.tensors(self.dtype).items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the checkpoint's files, headers not counted."""
+        return sum(
+            group.count * math.prod(shape) * ITEM_BYTES[dtype]
+            for group in self.groups
+            for dtype, shape in group.tensors(self.dtype).values()
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(group.count * (math.prod(group.shape) + group.bias * group.shape[0]) for group in self.groups)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.num_parameters
+
+    def differences(self, table: Mapping[str, TensorEntry]) -> list[str]:
+        """How a checkpoint's tensor table departs from this spec; empty when it is exactly this model."""
+        expected = self.tensors()
+        tied_copy = {"lm_head.weight"} if self.architecture.tied else set()
+        extra = [
+            name
+            for name in table
+            if name not in expected and name not in tied_copy and not any(fnmatch.fnmatch(name, p) for p in IGNORABLE)
+        ]
+        problems = [f"{name} is missing" for name in expected if name not in table] + [f"{name} is unexpected" for name in extra]
+        for name, (dtype, shape) in expected.items():
+            found = table.get(name)
+            if found and (found.dtype, found.shape) != (dtype, shape):
+                problems.append(f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
+        return problems
+
+
+def ignored(module: str, ignore: tuple[str, ...]) -> bool:
+    """compressed-tensors' own rule for module names: exact, or `re:` and a pattern matched from the start."""
+    return any(re.match(p[3:], module) is not None if p.startswith("re:") else p == module for p in ignore)

@@ -1,0 +1,183 @@
+"""The plugin contract: a stage says what it takes, what it makes, what that needs, and does it. Nothing else.
+
+The annotations of `run` are the ports; nothing is declared twice. What changes the result is a `Params` field and enters
+the key; what only changes how it is computed is an `Execution` field and never does. `infer` and `memory` are pure and
+see specs; `run` sees artifacts and fills `ctx.output`. Example:
+
+    class Double(Stage):
+        name, version = "double", 1
+        class Params(Stage.Params):
+            factor: float = 2.0
+        def infer(self, model: ModelSpec) -> ModelSpec: ...
+        def memory(self, model: ModelSpec, target: Target) -> Memory: ...
+        def run(self, ctx: Context, model: DenseCheckpoint) -> DenseCheckpoint: ...
+
+A stage never runs, caches, names, logs or tracks itself. Heavy imports are the first lines of `run`.
+"""
+
+import importlib
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Union
+
+from pipeline.artifact import Artifact
+from pipeline.errors import RecipeError, did_you_mean
+from pipeline.spec import Frozen
+from pipeline.target import Memory, Size
+
+BUILT_IN = {
+    "structured_prune": "stages.structured_prune:StructuredPrune",
+    "rtn": "stages.rtn:RTN",
+    "gptq": "stages.gptq:GPTQ",
+    "dequantize": "stages.dequantize:Dequantize",
+    "evaluate": "stages.evaluate:Evaluate",
+}
+ENTRY_POINT_GROUP = "llmpress.stages"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output. `accepts` are the artifact types that fit; `follows` is an output whose type is an input's."""
+
+    name: str
+    accepts: tuple[type[Artifact], ...]
+    optional: bool = False
+    follows: str | None = None
+
+    def takes(self, kind: type[Artifact]) -> bool:
+        return issubclass(kind, self.accepts)
+
+    def __str__(self) -> str:
+        return " | ".join(kind.__name__ for kind in self.accepts)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a running stage may touch. `output` is its folder: empty, or as an interrupted attempt of the same key left it."""
+
+    output: Path
+    emit: Callable[[dict[str, Any]], None]
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Say how far a long loop is; cheap enough to be called for every item."""
+        self.emit({"event": "progress", "label": label, "done": done, "total": total})
+
+    def curve(self, step: int, **metrics: float) -> None:
+        """A point of a training or calibration curve."""
+        self.emit({"event": "curve", "step": step, "metrics": metrics})
+
+    def note(self, sentence: str) -> None:
+        """Something the user should know about the result; kept in artifact.json and the report."""
+        self.emit({"event": "note", "text": sentence})
+
+
+class Stage(ABC):
+    """A configured stage. Subclasses set `name`, `version` and, if they have any, `Params` and `Execution`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    env: ClassVar[str] = "main"
+    libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the numbers, so is part of the key
+
+    class Params(Frozen):
+        """What changes the result."""
+
+    class Execution(Frozen):
+        """What changes only how it is computed."""
+
+        memory_limit: Size | None = None  # the worker's data segment, in bytes; exceeding it ends the stage, not the machine
+
+    def __init__(self, params: Any = None, execution: Any = None) -> None:
+        self.params = params if params is not None else self.Params()
+        self.execution = execution if execution is not None else self.Execution()
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any], execution: Mapping[str, Any] | None = None) -> "Stage":
+        """pydantic.ValidationError where a value does not fit."""
+        return cls(cls.Params.model_validate(dict(params)), cls.Execution.model_validate(dict(execution or {})))
+
+    @abstractmethod
+    def infer(self, *args: Any, **specs: Any) -> Any:
+        """The output's spec from the inputs' (by port), without weights. ValueError: why this input is illegal."""
+
+    @abstractmethod
+    def memory(self, *args: Any, **specs: Any) -> Memory:
+        """Peak need from the inputs' specs (by port) and `target`."""
+
+    @abstractmethod
+    def run(self, ctx: Context, *args: Any, **inputs: Any) -> Any:
+        """Make the output in `ctx.output` and return it as an artifact, or a frozen dataclass of artifacts in subfolders."""
+
+    def unused(self) -> frozenset[str]:
+        """Input ports that these parameters leave unused: they are not wired and not part of the key."""
+        return frozenset()
+
+    def explain(self, *args: Any, **specs: Any) -> list[str]:
+        """Sentences for the plan, such as what a ratio was rounded to."""
+        return []
+
+    def inputs(self) -> dict[str, Port]:
+        """The input ports that these parameters use, in the order of `run`'s signature."""
+        return {name: port for name, port in input_ports(type(self)).items() if name not in self.unused()}
+
+    def outputs(self) -> dict[str, Port]:
+        return output_ports(type(self))
+
+
+@cache
+def input_ports(stage: type[Stage]) -> dict[str, Port]:
+    hints = typing.get_type_hints(stage.run)
+    return {name: _port(name, hint) for name, hint in hints.items() if name not in ("ctx", "return")}
+
+
+@cache
+def output_ports(stage: type[Stage]) -> dict[str, Port]:
+    """One port named after its type (`model`, `report`, ...), or one for each field of a dataclass of artifacts."""
+    hints = typing.get_type_hints(stage.run)
+    made = hints["return"]
+    if is_dataclass(made) and not (isinstance(made, type) and issubclass(made, Artifact)):
+        field_types = typing.get_type_hints(made)
+        return {field.name: _port(field.name, field_types[field.name]) for field in fields(made)}
+    port = _port("", made)
+    follows = next((n for n, h in hints.items() if h is made and n != "return"), None) if isinstance(made, typing.TypeVar) else None
+    name = port.accepts[0].port
+    return {name: Port(name, port.accepts, follows=follows)}
+
+
+def _port(name: str, hint: Any) -> Port:
+    """`DenseCheckpoint`, `A | B`, `A | None` or a TypeVar bound to an artifact type."""
+    if isinstance(hint, typing.TypeVar):
+        hint = hint.__bound__
+    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    accepts = tuple(m for m in members if m is not type(None))
+    if not accepts or not all(isinstance(m, type) and issubclass(m, Artifact) for m in accepts):
+        raise TypeError(f"port {name}: {hint} is not an artifact type")
+    return Port(name, accepts, optional=len(accepts) < len(members))
+
+
+@cache
+def plugin_paths() -> dict[str, str]:
+    """Stages of installed packages, by name; a plugin cannot take a built-in name."""
+    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return {name: path for name, path in found.items() if name not in BUILT_IN}
+
+
+def stage_names() -> list[str]:
+    return [*BUILT_IN, *sorted(plugin_paths())]
+
+
+@cache
+def find_stage(name: str) -> type[Stage]:
+    """The stage registered as `name`. RecipeError with a close match where there is none."""
+    path = BUILT_IN.get(name) or plugin_paths().get(name)
+    if path is None:
+        raise RecipeError(f"stage '{name}' does not exist{did_you_mean(name, stage_names())}")
+    module, _, attribute = path.partition(":")
+    stage: type[Stage] = getattr(importlib.import_module(module), attribute)
+    return stage
