@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 from pipeline.spec import Frozen, ModelSpec
 
 MANIFEST = "artifact.json"
-MANIFEST_SCHEMA = 1
 
 
 class DatasetSpec(Frozen):
@@ -52,7 +51,7 @@ class Provenance(Frozen):
 class Manifest(Frozen):
     """`artifact.json`. Only `key` is identity; everything below `environment` is provenance."""
 
-    schema_version: Literal[1] = MANIFEST_SCHEMA
+    schema_version: Literal[1] = 1
     type: str
     key: str
     stage: str

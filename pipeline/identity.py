@@ -1,0 +1,175 @@
+"""Keys: what makes two stage executions the same. Every pre-image is canonical JSON with a type tag.
+
+    stage   ["stage", 1, {stage, version, params, inputs, output, backend}]   inputs are upstream *keys*, never bytes,
+                                                                              since GPU results are not bit-reproducible
+    output  ["output", 1, {key, port}]                                        one output of a stage with several
+    folder  ["folder", 1, {file name: sha256}]                                a model given by path: its content
+    hub     ["hub", 1, {id, commit}]                                          a model given by hub id: its commit
+    data    ["data", 1, {format, sha256}]                                     one split of a dataset: its content
+
+Only non-default params enter, so adding a field with a behaviour-preserving default costs nobody a rerun. Never in a key:
+paths, hosts, devices, batch sizes, anything of `Execution`. Values without a canonical form are an error, never `str()`.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.artifact import sha256_file
+from pipeline.headers import weight_files
+from pipeline.stage import Stage
+
+IDENTITY_SCHEMA = 1
+# What defines a model folder besides its weights; other files (README, images) do not change what the model computes.
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+
+
+def canonical(value: Any, where: str = "value") -> str:
+    """Canonical JSON: sorted keys, no spaces, ASCII, whole floats kept apart from integers. TypeError names the field."""
+    return json.dumps(_plain(value, where), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+    elif isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{where}: {type(value).__name__} {value!r} has no canonical form, so it cannot be part of a key")
+
+
+def digest(tag: str, content: Any) -> str:
+    return hashlib.sha256(canonical([tag, IDENTITY_SCHEMA, content], tag).encode()).hexdigest()
+
+
+def non_default(params: BaseModel) -> dict[str, Any]:
+    """The fields that differ from their declared default, as JSON values."""
+    values = params.model_dump(mode="json")
+    fields = type(params).model_fields
+    return {
+        name: value
+        for name, value in values.items()
+        if fields[name].is_required() or getattr(params, name) != fields[name].get_default(call_default_factory=True)
+    }
+
+
+@cache
+def library_version(name: str) -> str:
+    """torch as major.minor, others in full, local labels (`+cpu`, `+cu130`) stripped; `absent` where not installed."""
+    try:
+        full = version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return "absent"
+    return ".".join(full.split(".")[:2]) if name == "torch" else full
+
+
+def backend_versions(libraries: Iterable[str]) -> dict[str, str]:
+    return {name: library_version(name) for name in sorted(libraries)}
+
+
+def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
+    """The key of one execution; `inputs` are upstream keys by port."""
+    return digest(
+        "stage",
+        {
+            "stage": stage.name,
+            "version": stage.version,
+            "params": non_default(stage.params),
+            "inputs": dict(inputs),
+            "output": {name: str(port) for name, port in stage.outputs().items()},
+            "backend": backend_versions(stage.libraries),
+        },
+    )
+
+
+def output_key(key: str, port: str, ports: int) -> str:
+    """The key of one output: the stage's own where there is only one."""
+    return key if ports == 1 else digest("output", {"key": key, "port": port})
+
+
+def hub_key(model_id: str, commit: str) -> str:
+    return digest("hub", {"id": model_id, "commit": commit})
+
+
+def data_key(form: str, sha256: str) -> str:
+    return digest("data", {"format": form, "sha256": sha256})
+
+
+def folder_key(digests: Mapping[str, str]) -> str:
+    return digest("folder", dict(digests))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files a model folder's key covers. CheckpointFileError where its weights are incomplete."""
+    return [folder / name for name in MODEL_FILES if (folder / name).is_file()] + weight_files(folder)
+
+
+class DigestMemo:
+    """sha256 of files, remembered by path, size and modification time in one JSON file under the outputs folder."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._known: dict[str, list[Any]] = json.loads(file.read_text())
+        except (OSError, ValueError):  # absent, or cut short by a crash: it is only a memo
+            self._known = {}
+
+    def known(self, file: Path) -> str | None:
+        entry = self._known.get(str(file.resolve()))
+        return entry[2] if entry and entry[:2] == self._stamp(file) else None
+
+    def compute(self, file: Path) -> str:
+        found = self.known(file)
+        if found is None:
+            stamp = self._stamp(file)  # before hashing: a change meanwhile must not be remembered as this content
+            found = sha256_file(file)
+            self._known[str(file.resolve())] = [*stamp, found]
+        return found
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._known))
+        temporary.replace(self.file)
+
+    @staticmethod
+    def _stamp(file: Path) -> list[Any]:
+        status = file.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+
+@cache
+def fingerprint(module: str) -> str:
+    """Digest of a stage's code: its module and the modules of `stages` it imports, comments and layout aside.
+
+    Recorded beside results, never hashed into keys: whether a change of code changes results is the author's to say, by
+    raising `version`.
+    """
+    seen: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        spec = importlib.util.find_spec(name)
+        if name in seen or spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        seen[name] = ast.unparse(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stages."):
+                waiting.append(node.module)
+    return hashlib.sha256(canonical(sorted(seen.items())).encode()).hexdigest()[:16]

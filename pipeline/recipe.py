@@ -1,0 +1,205 @@
+"""A composed config becomes a frozen `Recipe`: what to do, to which model, with which data. Hydra ends here.
+
+Recipes are data. Before anything is composed, `check_document` refuses in a recipe file whatever could run code or read the
+machine: `hydra` settings, `_target_` and its kin, and interpolations that call a resolver (`${oc.env:TOKEN}`). Then every
+field is validated, unknown keys are refused, and all problems are reported at once as `stage.field: what; what instead`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.errors import RecipeError, did_you_mean
+from pipeline.spec import Frozen
+from pipeline.stage import Stage, find_stage, stage_names
+from pipeline.target import Target
+
+ASSETS = "assets:"
+Model = TypeVar("Model", bound=BaseModel)
+PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
+
+
+class ModelSource(Frozen):
+    """A local folder, a hub id with its revision, or an architecture alone (plans, never runs)."""
+
+    path: str | None = None
+    id: str | None = None
+    revision: str = "main"
+    architecture: dict[str, Any] | None = None  # a config.json, for planning without weights
+
+    @model_validator(mode="after")
+    def _one(self) -> "ModelSource":
+        if self.path and self.id:
+            raise ValueError("path and id exclude each other; give one")
+        if not (self.path or self.id or self.architecture):
+            raise ValueError("nothing to compress; give model.path=/folder or model.id=org/name")
+        return self
+
+
+class DataSource(Frozen):
+    """Named, disjoint splits, each a `.jsonl` or `.txt` file."""
+
+    format: Literal["text"] = "text"
+    splits: dict[str, str] = {}
+
+
+class ServeLoad(Frozen):
+    """What must fit on the target beside the weights."""
+
+    context: int = Field(ge=1)
+    batch: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One entry of `stages`: the configured stage and the inputs that the recipe names."""
+
+    stage: Stage
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do. Everything here is identity or plan; how to run it (outputs, tracking, mode) is `Settings`."""
+
+    name: str
+    order: tuple[str, ...]
+    stages: Mapping[str, StageConfig]
+    model: ModelSource
+    data: DataSource
+    target: Target
+    serve: ServeLoad | None
+    convert: Literal["auto", "never"]
+
+
+class TrackingSettings(Frozen):
+    """`uri` None is a sqlite file under the outputs folder; `enabled: false` logs nothing."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "llmpress"
+
+
+class Settings(Frozen):
+    """How to run: nothing here changes a result."""
+
+    mode: Literal["run", "plan", "gc"] = "run"
+    outputs: str = "outputs"
+    export_to: str | None = None
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def check_document(document: Any, where: str) -> None:
+    """RecipeError for anything in a recipe file that could run code or leak the environment. `document` is its plain content."""
+    problems: list[str] = []
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                spot = f"{path}.{key}".lstrip(".")
+                name = str(key)
+                if re.search(r"(^|[/@ ])hydra($|[/@. ])", name):
+                    problems.append(f"{where}: {spot}: a recipe cannot set `hydra`; pass it on the command line instead")
+                elif re.fullmatch(r"_(target|partial|recursive|convert|args)_", name):
+                    problems.append(f"{where}: {spot}: a recipe cannot name code to run; name a stage of the registry instead")
+                else:
+                    visit(item, spot)
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                visit(item, f"{path}[{i}]")
+        elif isinstance(value, str):
+            if "${" in PLAIN_REFERENCE.sub("", value):
+                problems.append(f"{where}: {path}: only plain references such as ${{serve.context}} are read; write the value itself")
+            elif path.startswith("defaults") and re.search(r"(^|[/ ])hydra($|/)", value):
+                problems.append(f"{where}: {path}: a recipe cannot choose `hydra` groups; pass them on the command line instead")
+
+    visit(document, "")
+    if problems:
+        raise RecipeError(problems)
+
+
+def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]:
+    """Validate a composed config (plain containers, interpolations resolved). RecipeError with every problem."""
+    problems: list[str] = []
+    known = {"order", "stages", "model", "data", "target", "serve", "convert", *Settings.model_fields}
+    for key in sorted(set(config) - known):
+        problems.append(f"{key}: there is no such setting{did_you_mean(key, known)}")
+    stages = {}
+    for node, content in (config.get("stages") or {}).items():
+        stage = _read_stage(node, content, problems)
+        if stage is not None:
+            stages[node] = stage
+    order = _read_order(config.get("order"), problems)
+    model = _validated(ModelSource, config.get("model") or {}, "model", problems)
+    data = _validated(DataSource, config.get("data") or {}, "data", problems)
+    settings = _validated(Settings, {k: config[k] for k in Settings.model_fields if k in config}, "", problems)
+    target = _read_target(config.get("target") or {}, problems)
+    serve = _validated(ServeLoad, config["serve"], "serve", problems) if config.get("serve") else None
+    convert = config.get("convert", "auto")
+    if convert not in ("auto", "never"):
+        problems.append(f"convert: {convert!r} is not a choice; write auto or never")
+    if problems:
+        raise RecipeError(problems)
+    assert model and data and settings and target
+    return Recipe(name, order, stages, model, data, target, serve, convert), settings
+
+
+def _read_order(order: Any, problems: list[str]) -> tuple[str, ...]:
+    if not isinstance(order, list) or not order or not all(isinstance(name, str) for name in order):
+        problems.append("order: a recipe needs a list of its stages, for example order=[prune,quantize,evaluate]")
+        return ()
+    return tuple(order)
+
+
+def _read_target(content: Mapping[str, Any], problems: list[str]) -> Target | None:
+    return Target.host() if dict(content) == {"name": "host"} else _validated(Target, content, "target", problems)
+
+
+def _read_stage(node: str, content: Any, problems: list[str]) -> StageConfig | None:
+    where = f"stages.{node}"
+    if "@" in node or "." in node or node in ("model", "data"):
+        problems.append(f"{where}: '{node}' cannot be a stage's name; use letters, digits and _ only, and not `model` or `data`")
+        return None
+    if not isinstance(content, Mapping) or not isinstance(content.get("stage"), str):
+        problems.append(f"{where}.stage: which stage is it? there are: {', '.join(stage_names())}")
+        return None
+    try:
+        kind = find_stage(content["stage"])
+    except RecipeError as error:
+        problems.extend(f"{where}.stage: {problem}" for problem in error.problems)
+        return None
+    params = {key: value for key, value in content.items() if key not in ("stage", "inputs", "execution")}
+    found = _validated(kind.Params, params, where, problems)
+    execution = _validated(kind.Execution, content.get("execution") or {}, f"{where}.execution", problems)
+    inputs = content.get("inputs") or {}
+    if not isinstance(inputs, Mapping) or not all(isinstance(value, str) for value in inputs.values()):
+        problems.append(f"{where}.inputs: a mapping of port to output is needed, for example {{teacher: model}}")
+        return None
+    return StageConfig(kind(found, execution), dict(inputs)) if found is not None and execution is not None else None
+
+
+def _validated(kind: type[Model], content: Any, where: str, problems: list[str]) -> Model | None:
+    """One pydantic model, or None after noting each of its problems as `where.field: what; what instead`."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        for row in error.errors(include_url=False):
+            spot = ".".join(part for part in (where, *map(str, row["loc"])) if part)
+            message = row["msg"].removeprefix("Value error, ")
+            if row["type"] == "extra_forbidden":
+                message = f"there is no such parameter{did_you_mean(str(row['loc'][-1]), kind.model_fields)}"
+            elif row["type"] == "missing":
+                message = "a value is needed"
+            elif row["loc"]:
+                message = f"{row['input']!r} does not fit; {message[0].lower()}{message[1:]}"
+            problems.append(f"{spot or 'recipe'}: {message}")
+        return None
+
+
+def resolve_path(written: str, resources: Path) -> Path:
+    """`assets:x` is a file the product ships; anything else is relative to the working folder."""
+    return resources / "assets" / written.removeprefix(ASSETS) if written.startswith(ASSETS) else Path(written).expanduser()

@@ -1,0 +1,140 @@
+"""The content-addressed store: `outputs/store/<stage>-<key12>/`, published whole or not at all.
+
+    lock on the key -> scratch/<key12> (kept for resuming) -> fsync -> artifact.json last -> one rename into store/
+
+A folder without a valid `artifact.json` of the full key does not exist. Publishing is idempotent: the first rename wins and
+a loser discards its copy. Failures are never stored. `scratch/` and `store/` are on one file system, under one root.
+"""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from pipeline.artifact import MANIFEST, FileRecord, Manifest, sha256_file
+from pipeline.errors import StoreError
+
+SHORT = 12
+
+
+class Store:
+    """Artifacts under `root` (the outputs folder), found by stage name and key."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, stage: str, key: str) -> Path:
+        return self.root / "store" / f"{stage}-{key[:SHORT]}"
+
+    def find(self, stage: str, key: str) -> Manifest | None:
+        """The manifest of a published artifact, its files present in their recorded sizes; None where there is none."""
+        folder = self.path(stage, key)
+        manifest = read_manifest(folder)
+        if manifest is None or manifest.key != key:
+            return None
+        for name, record in manifest.files.items():
+            try:
+                if (folder / name).stat().st_size != record.nbytes:
+                    return None
+            except OSError:
+                return None
+        return manifest
+
+    def all(self) -> Iterator[tuple[Path, Manifest]]:
+        """Every valid artifact, in order of folder name."""
+        store = self.root / "store"
+        for folder in sorted(store.iterdir()) if store.is_dir() else ():
+            manifest = read_manifest(folder)
+            if manifest is not None:
+                yield folder, manifest
+
+    def scratch(self, key: str) -> Path:
+        """Where the stage of that key works; what an interrupted attempt left is still there."""
+        folder = self.root / "scratch" / key[:SHORT]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def discard(self, key: str) -> None:
+        shutil.rmtree(self.root / "scratch" / key[:SHORT], ignore_errors=True)
+
+    @contextmanager
+    def lock(self, key: str, timeout: float = -1) -> Iterator[None]:
+        """One execution of a key at a time. The operating system frees the lock of a killed holder. TimeoutError after `timeout` s."""
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(locks / f"{key[:SHORT]}.lock", timeout=timeout):
+                yield
+        except Timeout:
+            raise TimeoutError(f"another run holds {key[:SHORT]}") from None
+
+    def publish(self, scratch: Path, manifest: Manifest) -> Path:
+        """Move a finished scratch folder to its place. The caller holds the lock; a crash at any point leaves nothing or all."""
+        final = self.path(manifest.stage, manifest.key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for name in manifest.files:
+            _fsync(scratch / name)
+        for folder in {(scratch / name).parent for name in manifest.files} | {scratch}:
+            _fsync(folder)
+        (scratch / "artifact.tmp").write_text(manifest.model_dump_json(indent=1) + "\n")
+        _fsync(scratch / "artifact.tmp")
+        os.rename(scratch / "artifact.tmp", scratch / MANIFEST)
+        _fsync(scratch)
+        if final.exists() and self.find(manifest.stage, manifest.key) is None:
+            shutil.rmtree(final)  # not an artifact: damaged, or of another key with the same first digits
+        try:
+            os.rename(scratch, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or self.find(manifest.stage, manifest.key) is None:
+                raise
+            shutil.rmtree(scratch)  # somebody else published the same key first
+        _fsync(final.parent)
+        return final
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.load(folder)
+    except (OSError, ValueError, ValidationError):
+        return None
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below `folder`, by relative path, `artifact.json` aside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): FileRecord(nbytes=path.stat().st_size, sha256=sha256_file(path)) for path in files}
+
+
+def check_writable(root: Path) -> None:
+    """StoreError where the outputs folder cannot be written, found before any work is done."""
+    probe = root / f".writable-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"llmpress")
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(explain_os_error(error, root)) from None
+
+
+def explain_os_error(error: OSError, place: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of {place} is full; free some space (`run mode=gc` removes what no run uses) and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place} cannot be written ({error.strerror}); choose another folder with `outputs=...`"
+    return f"{place}: {error.strerror or error}"
+
+
+def _fsync(path: Path) -> None:
+    if sys.platform == "win32":  # directories cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
