@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, QuantizedCheckpoint
-from pipeline.errors import RecipeError, did_you_mean
+from pipeline.errors import did_you_mean
 from pipeline.recipe import Recipe
 from pipeline.stage import Port, Stage, find_stage
 
@@ -62,13 +62,14 @@ class Graph:
         return list(dict.fromkeys([SOURCE_MODEL, *used]))
 
 
-def build(recipe: Recipe, source: type[Checkpoint]) -> Graph:
-    """The typed graph of a recipe whose source model is a `source`. RecipeError with every problem found."""
-    builder = _Builder(recipe, source)
+def build(recipe: Recipe, source: type[Checkpoint], problems: list[str]) -> Graph:
+    """The typed graph of a recipe whose source model is a `source`.
+
+    What is wrong is added to `problems`; a node whose input could not be wired then lacks it, so that the rest can still be checked.
+    """
+    builder = _Builder(recipe, source, problems)
     for name in recipe.order:
         builder.add(name)
-    if builder.problems:
-        raise RecipeError(builder.problems)
     builder.add_twins()
     return Graph(tuple(builder.nodes), builder.latest, builder.types)
 
@@ -77,8 +78,8 @@ def build(recipe: Recipe, source: type[Checkpoint]) -> Graph:
 class _Builder:
     recipe: Recipe
     source: type[Checkpoint]
+    problems: list[str]
     nodes: list[Node] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     latest: Ref = SOURCE_MODEL
 
     def __post_init__(self) -> None:
@@ -99,19 +100,23 @@ class _Builder:
             ref = self._wire(name, port, config.inputs.get(port.name))
             if ref is not None:
                 inputs[port.name] = ref
-        if REFERENCE_PORT in ports and REFERENCE_PORT not in config.inputs:
-            self.compared.append(self._append(name, config.stage, inputs))
-        else:
-            self._append(name, config.stage, inputs)
+        compared = REFERENCE_PORT in inputs and REFERENCE_PORT not in config.inputs
+        if compared and self._model(inputs) == SOURCE_MODEL:
+            del inputs[REFERENCE_PORT]  # the source model is not compared with itself
+            compared = False
+        node = self._append(name, config.stage, inputs)
+        if compared:
+            self.compared.append(node)
 
     def add_twins(self) -> None:
         """Before everything else, each comparing stage on the source model itself, without a reference."""
         for node in reversed(self.compared):
-            inputs = {port: SOURCE_MODEL if ref == self._model_of(node) else ref for port, ref in node.inputs.items()}
-            del inputs[REFERENCE_PORT]
+            model = self._model(node.inputs)
+            inputs = {port: SOURCE_MODEL if ref == model else ref for port, ref in node.inputs.items() if port != REFERENCE_PORT}
             twin = Node(f"{node.name.partition('@')[0]}@source", node.stage, inputs, "the source model, for comparison")
             if all((twin.stage.params, twin.inputs) != (other.stage.params, other.inputs) for other in self.nodes):
                 self.nodes.insert(0, twin)
+                self.types |= {Ref(twin.name, port.name): port.accepts[0] for port in twin.stage.outputs().values()}
 
     def _append(self, name: str, stage: Stage, inputs: dict[str, Ref], why: str = "") -> Node:
         count = sum(node.name.partition("@")[0] == name for node in self.nodes)
@@ -125,8 +130,9 @@ class _Builder:
                 self.latest = ref
         return node
 
-    def _model_of(self, node: Node) -> Ref | None:
-        return next((node.inputs[port] for port in LATEST_PORTS if port in node.inputs), None)
+    @staticmethod
+    def _model(inputs: Mapping[str, Ref]) -> Ref | None:
+        return next((inputs[port] for port in LATEST_PORTS if port in inputs), None)
 
     def _wire(self, name: str, port: Port, written: str | None) -> Ref | None:
         """The output that feeds one port, converted if need be; None for an open optional port or after noting a problem."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.artifact import sha256_file
+from pipeline.artifact import Manifest, sha256_file
 from pipeline.headers import weight_files
 from pipeline.stage import Stage
 
@@ -112,6 +112,11 @@ def data_key(form: str, sha256: str) -> str:
 
 def folder_key(digests: Mapping[str, str]) -> str:
     return digest("folder", dict(digests))
+
+
+def content_digest(manifest: Manifest) -> str:
+    """Digest of an artifact's bytes, for what was computed from them; its key names the computation, not the bytes."""
+    return folder_key({name: record.sha256 for name, record in manifest.files.items()})
 
 
 def model_files(folder: Path) -> list[Path]:

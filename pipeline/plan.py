@@ -6,12 +6,17 @@ A plan needs no weights, no torch and well under a second. The executor takes on
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Spec
-from pipeline.graph import Graph, Ref
+from pipeline.artifact import Artifact, Checkpoint, DenseCheckpoint, Manifest, Spec
+from pipeline.errors import RecipeError
+from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, build
+from pipeline.identity import DigestMemo, backend_versions, digest, non_default, output_key, stage_key
 from pipeline.recipe import Recipe
+from pipeline.source import open_model, open_split
 from pipeline.stage import Stage
+from pipeline.store import Store, digests_read
 from pipeline.target import Memory
 
 Status = Literal["hit", "miss", "pending"]
@@ -30,7 +35,7 @@ class PlannedNode:
     expected: Mapping[str, Spec]  # specs of its outputs, by port
     memory: Memory
     status: Status
-    reason: str  # of a miss; why it was inserted is in `notes`
+    reason: str  # of a miss, down to the field
     notes: tuple[str, ...] = ()
 
 
@@ -47,3 +52,139 @@ class Plan:
     @property
     def final(self) -> Ref:
         return self.graph.final
+
+    @property
+    def source(self) -> Checkpoint:
+        model = self.sources[SOURCE_MODEL]
+        assert isinstance(model, Checkpoint)
+        return model
+
+
+def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -> Plan:
+    """Open the sources, wire the graph, evaluate every node. RecipeError with every problem found; reads headers only.
+
+    With `execute`, digests left pending by a plan are computed and a hub model is downloaded.
+    """
+    memo = DigestMemo(store.root / "digests.json")
+    problems: list[str] = []
+    try:
+        source: Checkpoint | None = open_model(recipe.model, resources, memo, execute=execute)
+    except RecipeError as error:
+        problems += error.problems
+        source = None
+    graph = build(recipe, type(source) if source else DenseCheckpoint, problems)  # unreadable: taken as dense, to find the rest
+    sources: dict[Ref, Artifact] = {SOURCE_MODEL: source} if source else {}
+    for ref in graph.sources():
+        if ref.node == "data":
+            try:
+                sources[ref] = open_split(recipe.data, ref.port, resources, memo)
+            except RecipeError as error:
+                problems += error.problems
+    if execute:
+        memo.save()
+    evaluation = _Evaluation(recipe, store, sources, problems)
+    nodes = tuple(planned for node in graph.nodes if (planned := evaluation.node(node, graph)))
+    if problems:
+        raise RecipeError(problems)
+    return Plan(recipe, graph, recipe_digest(recipe), nodes, sources)
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Identity of the recipe as written: equal recipes share a run folder, whatever machine or settings run them."""
+    stages = {
+        name: {"stage": config.stage.name, "params": non_default(config.stage.params), "inputs": dict(config.inputs)}
+        for name, config in recipe.stages.items()
+        if name in recipe.order
+    }
+    sources = {"model": non_default(recipe.model), "data": non_default(recipe.data)}
+    return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, **sources})
+
+
+class _Evaluation:
+    """Walks the graph once, carrying specs and keys from outputs to inputs."""
+
+    def __init__(self, recipe: Recipe, store: Store, sources: Mapping[Ref, Artifact], problems: list[str]) -> None:
+        self.recipe, self.store, self.problems = recipe, store, problems
+        self.specs: dict[Ref, Spec] = {ref: artifact.spec for ref, artifact in sources.items()}
+        self.keys = {ref: artifact.key for ref, artifact in sources.items()}
+        self.missed: set[str] = set()
+        self.found: dict[str, Manifest] = {}  # of the nodes that are hits
+
+    def node(self, node: Node, graph: Graph) -> PlannedNode | None:
+        required = {name for name, port in node.stage.inputs().items() if not port.optional}
+        if required - set(node.inputs) or any(ref not in self.specs for ref in node.inputs.values()):
+            return None  # an input has a problem, which has been noted
+        specs: dict[str, Any] = {port: self.specs[ref] for port, ref in node.inputs.items()}
+        try:
+            inferred = node.stage.infer(**specs)
+        except ValueError as error:
+            field = str(error).partition(":")[0]
+            joint = "." if field in type(node.stage.params).model_fields else ": "
+            self.problems.append(f"stages.{node.name}{joint}{error}")
+            return None
+        ports = list(node.stage.outputs())
+        expected = {ports[0]: inferred} if len(ports) == 1 else {port: getattr(inferred, port) for port in ports}
+        input_keys = {port: self.keys[ref] for port, ref in node.inputs.items()}
+        key = stage_key(node.stage, input_keys) if all(input_keys.values()) else ""
+        for port in ports:
+            self.specs[Ref(node.name, port)] = expected[port]
+            self.keys[Ref(node.name, port)] = output_key(key, port, len(ports)) if key else ""
+        status, reason = self._status(node, key, input_keys)
+        if status == "miss":
+            self.missed.add(node.name)
+        inserted = (f"inserted: {node.why}",) if node.why else ()
+        return PlannedNode(
+            name=node.name,
+            stage=node.stage,
+            inputs=node.inputs,
+            input_keys=input_keys,
+            key=key,
+            types={port: graph.types[Ref(node.name, port)] for port in ports},
+            expected=expected,
+            memory=node.stage.memory(target=self.recipe.target, **specs),
+            status=status,
+            reason=reason,
+            notes=(*inserted, *node.stage.explain(**specs)),
+        )
+
+    def _status(self, node: Node, key: str, input_keys: Mapping[str, str]) -> tuple[Status, str]:
+        if not key:
+            return "pending", "the digest of the source model is computed when the recipe runs"
+        rebuilt = [ref.node for ref in node.inputs.values() if ref.node in self.missed]
+        found = self.store.find(node.stage.name, key)
+        if found and not (found.read and rebuilt):
+            read = digests_read(input_keys, {port: self.found.get(ref.node) for port, ref in node.inputs.items()})
+            if not found.read or found.read == read:
+                self.found[node.name] = found
+                return "hit", ""
+            return "miss", "what it measured was rebuilt and differs"
+        return "miss", f"follows {rebuilt[0]}" if rebuilt else explain_miss(self.store, node.stage, input_keys)
+
+
+def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
+    """What is new against the most similar execution in the store, down to the field."""
+    params, backend = stage.params.model_dump(mode="json"), backend_versions(stage.libraries)
+    best: list[str] | None = None
+    for _, manifest in store.all(stage.name):
+        changes = _changes(manifest, stage, params, inputs, backend)
+        if best is None or len(changes) < len(best):
+            best = changes
+    if best is None:
+        return "never run"
+    return ", ".join(best[:3]) + (f" and {len(best) - 3} more" if len(best) > 3 else "") if best else "its files are damaged"
+
+
+def _changes(
+    manifest: Manifest, stage: Stage, params: Mapping[str, Any], inputs: Mapping[str, str], backend: Mapping[str, str]
+) -> list[str]:
+    changes = [f"input {port}: another one" for port in sorted(inputs) if inputs[port] != manifest.inputs.get(port)]
+    pairs = [("params.", params, manifest.params), ("", backend, manifest.backend)]
+    for prefix, new, old in pairs:
+        changes += [
+            f"{prefix}{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+            for name in sorted(set(new) | set(old))
+            if new.get(name) != old.get(name)
+        ]
+    if stage.version != manifest.version:
+        changes.append(f"version: {manifest.version} -> {stage.version}")
+    return changes

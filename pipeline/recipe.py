@@ -88,6 +88,7 @@ class Settings(Frozen):
     """How to run: nothing here changes a result."""
 
     mode: Literal["run", "plan", "gc"] = "run"
+    format: Literal["table", "json"] = "table"
     outputs: str = "outputs"
     export_to: str | None = None
     tracking: TrackingSettings = TrackingSettings()
@@ -136,7 +137,7 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
     order = _read_order(config.get("order"), problems)
     model = _validated(ModelSource, config.get("model") or {}, "model", problems)
     data = _validated(DataSource, config.get("data") or {}, "data", problems)
-    settings = _validated(Settings, {k: config[k] for k in Settings.model_fields if k in config}, "", problems)
+    settings = _read_settings(config, problems)
     target = _read_target(config.get("target") or {}, problems)
     serve = _validated(ServeLoad, config["serve"], "serve", problems) if config.get("serve") else None
     convert = config.get("convert", "auto")
@@ -146,6 +147,19 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
         raise RecipeError(problems)
     assert model and data and settings and target
     return Recipe(name, order, stages, model, data, target, serve, convert), settings
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """The settings alone, for a mode that needs no recipe. RecipeError with every problem."""
+    problems: list[str] = []
+    settings = _read_settings(config, problems)
+    if settings is None:
+        raise RecipeError(problems)
+    return settings
+
+
+def _read_settings(config: Mapping[str, Any], problems: list[str]) -> Settings | None:
+    return _validated(Settings, {name: config[name] for name in Settings.model_fields if name in config}, "", problems)
 
 
 def _read_order(order: Any, problems: list[str]) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Context:
-    """What a running stage may touch. `output` is its folder: empty, or as an interrupted attempt of the same key left it."""
+    """What a running stage may touch. `output` is its folder: empty, or for a stage that `resumes`, as an interrupted attempt of the same key left it."""
 
     output: Path
     emit: Callable[[dict[str, Any]], None]
@@ -83,6 +83,7 @@ class Stage(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     env: ClassVar[str] = "main"
+    resumes: ClassVar[bool] = False  # continues from what an interrupted attempt left in `ctx.output`; else that is cleared first
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the numbers, so is part of the key
 
     class Params(Frozen):

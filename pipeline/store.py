@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from pipeline.artifact import MANIFEST, FileRecord, Manifest, sha256_file
 from pipeline.errors import StoreError
+from pipeline.identity import content_digest
 
 SHORT = 12
 
@@ -46,10 +47,18 @@ class Store:
                 return None
         return manifest
 
-    def all(self) -> Iterator[tuple[Path, Manifest]]:
-        """Every valid artifact, in order of folder name."""
-        store = self.root / "store"
-        for folder in sorted(store.iterdir()) if store.is_dir() else ():
+    def find_hit(self, stage: str, key: str, read: Mapping[str, str]) -> Manifest | None:
+        """What makes an execution a hit. `read` is what it would read now, by port (see `digests_read`).
+
+        A report holds for the very bytes it was computed from: where an input was rebuilt and came out differently, as results of
+        GPUs do, the key is the same and the report is not.
+        """
+        found = self.find(stage, key)
+        return found if found and (not found.read or found.read == dict(read)) else None
+
+    def all(self, stage: str = "*") -> Iterator[tuple[Path, Manifest]]:
+        """Every valid artifact, or those of one stage, in order of folder name."""
+        for folder in sorted((self.root / "store").glob(f"{stage}-*")):
             manifest = read_manifest(folder)
             if manifest is not None:
                 yield folder, manifest
@@ -80,22 +89,28 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         for name in manifest.files:
             _fsync(scratch / name)
+            os.chmod(scratch / name, 0o444)  # published means unchanging
         for folder in {(scratch / name).parent for name in manifest.files} | {scratch}:
             _fsync(folder)
         (scratch / "artifact.tmp").write_text(manifest.model_dump_json(indent=1) + "\n")
         _fsync(scratch / "artifact.tmp")
         os.rename(scratch / "artifact.tmp", scratch / MANIFEST)
         _fsync(scratch)
-        if final.exists() and self.find(manifest.stage, manifest.key) is None:
-            shutil.rmtree(final)  # not an artifact: damaged, or of another key with the same first digits
+        if final.exists() and self.find_hit(manifest.stage, manifest.key, manifest.read) is None:
+            shutil.rmtree(final)  # damaged, of another key with the same first digits, or a report on bytes that are gone
         try:
             os.rename(scratch, final)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or self.find(manifest.stage, manifest.key) is None:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or self.find_hit(manifest.stage, manifest.key, manifest.read) is None:
                 raise
             shutil.rmtree(scratch)  # somebody else published the same key first
         _fsync(final.parent)
         return final
+
+
+def digests_read(input_keys: Mapping[str, str], manifests: Mapping[str, Manifest | None]) -> dict[str, str]:
+    """What an execution reads, by port: the digest of an artifact's bytes, or the key of a source, which is its content's digest."""
+    return {port: content_digest(found) if (found := manifests.get(port)) else key for port, key in input_keys.items()}
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `run`."""
+
+from pipeline.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""`run`: compose a recipe with Hydra, plan it, run it, and say what happened. Nothing heavy is imported here.
+
+Hydra composes (`group=name`, `key=value`, `-m` for sweeps, completion); its messages are put into this project's one sentence.
+Exit codes are those of `pipeline.errors`.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import compose
+from pipeline.errors import Interrupted, LlmpressError, RecipeError
+from pipeline.recipe import read_config, read_settings
+from pipeline.run import collect_unused, run_pipeline
+
+
+def main() -> None:
+    """Entry point of `run`, `llmpress` and `python -m pipeline`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(_main(sys.argv[1:]))
+    except LlmpressError as error:
+        print(_sentences(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments:
+        print(compose.recipe_list())
+        return 0
+    compose.register()
+    sys.argv[1:] = compose.take_recipe_files(arguments)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed with a search path
+    failed: list[LlmpressError] = []
+
+    def task(config: DictConfig) -> dict[str, float]:
+        try:
+            return _job(config)
+        except LlmpressError as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise  # so that Hydra counts the job as failed
+            failed.append(error)  # Hydra would print its own lines about it first
+            return {}
+
+    try:
+        hydra.main(config_path=str(compose.resources() / "conf"), config_name="config", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise compose.explain(error) from None
+    if failed:
+        raise failed[0]
+    return 0
+
+
+def _job(config: DictConfig) -> dict[str, float]:
+    """One composed config, alone or as a job of a sweep; returns the final metrics."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    content = {str(key): value for key, value in plain.items()}
+    name = HydraConfig.get().runtime.choices.get("recipe")
+    if content["mode"] == "gc":
+        return collect_unused(read_settings(content))
+    if name is None:
+        raise RecipeError(f"no recipe is chosen; write recipe=<name>\n\n{compose.recipe_list()}")
+    recipe, settings = read_config(content, compose.display_name(name))
+    return run_pipeline(recipe, settings, OmegaConf.to_yaml(config, resolve=True), compose.resources())
+
+
+def _sentences(error: LlmpressError) -> str:
+    problems: list[Any] = error.problems if isinstance(error, RecipeError) else [error]
+    return "\n".join(f"error: {problem}" for problem in problems)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Hydra's side: which recipes and stages there are, recipes given as files, and its errors as one sentence.
+
+Stages enter the group `stage` from their own `Params`, so that `stage@stages.quantize=gptq` swaps one and `--help` and completion
+list them. Recipes enter the group `recipe` at the root of the config; each file is checked (`recipe.check_document`) before
+Hydra sees it.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from pipeline.errors import RecipeError, did_you_mean
+from pipeline.recipe import check_document
+from pipeline.spec import Frozen
+from pipeline.stage import find_stage, stage_names
+
+YAML_FILE = re.compile(r"\.ya?ml$")
+FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
+
+
+@cache
+def resources() -> Path:
+    """The folder that holds conf/, recipes/ and assets/: the checkout, or the copy inside an installed package."""
+    installed = Path(__file__).parent / "resources"
+    return installed if installed.is_dir() else Path(__file__).parent.parent
+
+
+def recipe_files() -> Iterator[Path]:
+    return iter(sorted((resources() / "recipes").glob("*.yaml")))
+
+
+def recipe_list() -> str:
+    """Every recipe with the first comment line of its file."""
+    rows = [(file.stem, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in recipe_files()]
+    width = max(len(name) for name, _ in rows)
+    listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in rows)
+    return f"Recipes (run recipe=<name>, or recipe=path/to/file.yaml):\n\n{listed}\n\n`run --help` shows what can be set."
+
+
+def register() -> None:
+    """Put every stage and every shipped recipe into Hydra's config store."""
+    store = ConfigStore.instance()
+    for name in stage_names():
+        stage = find_stage(name)
+        node = {"stage": name, **_defaults(stage.Params), "inputs": {}, "execution": _defaults(stage.Execution)}
+        store.store(group="stage", name=name, node=node, provider="llmpress")
+    for file in recipe_files():
+        _store_recipe(file, file.stem)
+
+
+def take_recipe_files(arguments: list[str]) -> list[str]:
+    """Register each file of `recipe=path.yaml[,other]` under a name of its own and put that name in its place."""
+    taken = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key.lstrip("+") == "recipe" and YAML_FILE.search(value.split(",")[-1].strip("'\" ")):
+            value = ",".join(_take(part.strip("'\" ")) for part in value.split(","))
+            argument = f"{key}={value}"
+        taken.append(argument)
+    return taken
+
+
+def display_name(name: str) -> str:
+    """`my_recipe` for a recipe that was given as `path/my_recipe.yaml`."""
+    return FILE_DIGEST.sub("", name)
+
+
+def explain(error: Exception) -> RecipeError:
+    """A Hydra or OmegaConf error as one sentence with a close match, without search paths."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException):
+        group, _, wanted = (error.missing_cfg_file or "").rpartition("/")
+        return RecipeError(f"{group or 'config'}: there is no '{wanted}'{did_you_mean(wanted, error.options or [])}")
+    if isinstance(error, OverrideParseException):
+        return RecipeError(f"{error.override}: this is not `key=value`; quote values that hold spaces, commas or brackets")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        spot = str(cause.full_key)
+        known = [str(key) for key in cause.parent_node] if hasattr(cause.parent_node, "__iter__") else []
+        return RecipeError(f"{spot}: there is no such setting{did_you_mean(spot.rpartition('.')[2], known)}")
+    first = str(error).strip().splitlines()[0]
+    if isinstance(error, ConfigCompositionException):
+        return RecipeError(f"{first[0].lower()}{first[1:].rstrip('.')}; `run --help` shows what can be set")
+    return RecipeError(f"{getattr(error, 'full_key', None) or 'recipe'}: {first}")
+
+
+def _defaults(model: type[Frozen]) -> dict[str, Any]:
+    """Each field's default as a plain value, `???` where there is none."""
+    fields = model.model_fields.items()
+    made = model.model_construct()
+    return {name: MISSING if field.is_required() else made.model_dump(mode="json", include={name})[name] for name, field in fields}
+
+
+def _take(value: str) -> str:
+    if not YAML_FILE.search(value):
+        return value
+    file = Path(value).expanduser()
+    if not file.is_file():
+        raise RecipeError(f"recipe: {value} does not exist{did_you_mean(value, [f.stem for f in recipe_files()])}")
+    name = re.sub(r"\W", "_", file.stem) + "-" + hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    _store_recipe(file, name)
+    return name
+
+
+def _store_recipe(file: Path, name: str) -> None:
+    try:
+        node = OmegaConf.load(file)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe: {file} is not readable YAML ({reason})") from None
+    content = OmegaConf.to_container(node, resolve=False)
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe: {file} is not a mapping; see `run recipe=quickstart --cfg job` for what a recipe holds")
+    check_document(content, file.name)
+    ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_", provider="llmpress")

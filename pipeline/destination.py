@@ -1,0 +1,93 @@
+"""Where runs are recorded: an MLflow server or database, opened safely and written in batches."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag, ViewType
+
+from pipeline.tracking import SQLITE
+
+MAX_PARAMS, MAX_METRICS, MAX_TAGS, MAX_VALUE = 100, 1000, 100, 6000  # of one batch; characters of a parameter
+
+
+class Destination:
+    """An MLflow server or database and the two experiments there."""
+
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None) -> None:
+        # MLflow's migration of a new sqlite file is not safe for two processes at once and leaves the file broken for good.
+        database = uri.removeprefix(SQLITE) if uri.startswith(SQLITE) else ""
+        with FileLock(f"{database}.lock") if database else nullcontext():
+            self.uri, self.client = uri, MlflowClient(tracking_uri=uri)
+            self.pipelines = self._experiment(experiment, artifacts)
+            self.stages = self._experiment(f"{experiment}-stages", artifacts)
+
+    def _experiment(self, name: str, artifacts: Path | None) -> str:
+        found = self.client.get_experiment_by_name(name)
+        location = (artifacts / name).as_uri() if artifacts else None
+        return str(found.experiment_id if found else self.client.create_experiment(name, artifact_location=location))
+
+    def find(self, experiment: str, identity: Mapping[str, str], extra: str = "") -> Any | None:
+        """The newest run that has these tags, as mlflow.entities.Run."""
+        condition = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items()) + extra
+        runs = self.client.search_runs([experiment], condition, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time DESC"])
+        return runs[0] if runs else None
+
+    def run(self, experiment: str, identity: Mapping[str, str], name: str, started: float) -> str:
+        """The id of the run with this identity, RUNNING; made where there is none."""
+        found = self.find(experiment, identity)
+        if found is None:
+            tags = {**identity, "mlflow.source.name": "llmpress", "mlflow.source.type": "LOCAL"}
+            return str(self.client.create_run(experiment, milliseconds(started), tags, name).info.run_id)
+        self.client.update_run(found.info.run_id, status="RUNNING")
+        return str(found.info.run_id)
+
+    def log_metrics(self, run: str, metrics: Mapping[str, float], time: float) -> None:
+        self.log_points(run, points(metrics, time, step=0))
+
+    def log_points(self, run: str, found: Iterable[Metric]) -> None:
+        for chunk in batches(found, MAX_METRICS):
+            self.client.log_batch(run, metrics=chunk)
+
+    def log_params(self, run: str, params: Mapping[str, Any]) -> None:
+        for chunk in batches([Param(legal(name), parameter(value)) for name, value in params.items()], MAX_PARAMS):
+            self.client.log_batch(run, params=chunk)
+
+    def log_tags(self, run: str, tags: Mapping[str, Any]) -> None:
+        for chunk in batches([RunTag(name, str(value)) for name, value in tags.items()], MAX_TAGS):
+            self.client.log_batch(run, tags=chunk)
+
+    def end(self, run: str, status: str, seconds: float) -> None:
+        """Close a run so that its duration is `seconds`: one continued a day later did not take a day."""
+        started = self.client.get_run(run).info.start_time
+        self.client.set_terminated(run, status, started + milliseconds(seconds))
+
+
+def legal(name: str) -> str:
+    """MLflow takes letters, digits and _ - . : / and space in names; lm-eval's `acc,none` becomes `acc_none`."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def parameter(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= MAX_VALUE else f"({len(text)} characters: see the recipe among the artifacts)"
+
+
+def points(metrics: Mapping[str, float], time: float, step: int) -> list[Metric]:
+    return [Metric(legal(name), value, milliseconds(time), step) for name, value in metrics.items()]
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def batches(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,272 @@
+"""Walks a plan: what the store holds is taken, what it lacks runs in a worker and is published, node after node.
+
+    find_hit -> lock the key -> find_hit again -> scratch -> worker -> manifest -> publish
+
+Everything that happens is told to `listeners` as plain dicts with "event", "time" and, where one is concerned, "node":
+    run_started    run_dir, nodes: [{node, stage, status}]       run_finished   status, seconds, hits, ran
+    node_started   key                                           waiting        key: another run is computing it
+    progress       label, done, total                            curve          step, metrics
+    note           text                                          warning        text
+    node_hit, node_finished   seconds, key, path, nbytes, metrics, peak_rss, notes
+    node_failed    reason, log
+Listeners run in this process, in order, and observe only: one that raises is reported once and the run goes on.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.artifact import MANIFEST, Artifact, Manifest, Provenance
+from pipeline.errors import Interrupted, LlmpressError, PlanError, StoreError
+from pipeline.graph import LATEST_PORTS, Ref
+from pipeline.identity import fingerprint
+from pipeline.job import run_job
+from pipeline.plan import Plan, PlannedNode
+from pipeline.process import ForkServer
+from pipeline.provenance import build_manifest
+from pipeline.stage import input_ports
+from pipeline.store import Store, check_writable, digests_read, explain_os_error
+from pipeline.target import format_size, free_disk
+from pipeline.worker import InputArtifact, Request
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """A finished node: its artifact's folder and what is recorded of it."""
+
+    node: PlannedNode
+    status: Literal["hit", "ran"]
+    path: Path
+    manifest: Manifest
+
+
+def execute(
+    plan: Plan, store: Store, run_dir: Path, listeners: Sequence[Listener] = (), server: ForkServer | None = None
+) -> list[NodeResult]:
+    """Bring every node of `plan` into `store`; logs go below `run_dir`. Runs that pass the same `server` share its imports.
+
+    Raises PlanError for a plan with pending keys, StageFailed, StoreError and Interrupted; what was published before stays.
+    """
+    pending = [f"stages.{node.name}: the key is pending; plan again with `execute`" for node in plan.nodes if not node.key]
+    if pending:
+        raise PlanError(pending)
+    check_writable(store.root)
+    run = _Run(plan, store, run_dir.resolve(), _Announcer(listeners), server)
+    with ExitStack() as cleanup:
+        if server is None:
+            run.server = cleanup.enter_context(ForkServer(run.run_dir / "logs" / "forkserver.log"))
+        cleanup.enter_context(_sigterm_interrupts())
+        return run.execute()
+
+
+class _Announcer:
+    """Passes events on to the listeners."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self.listeners = listeners
+        self._reported: set[int] = set()
+
+    def __call__(self, event: str, node: str = "", **content: Any) -> None:
+        self.send({"event": event, "time": time.time(), **({"node": node} if node else {}), **content})
+
+    def send(self, event: Event) -> None:
+        for number, listener in enumerate(self.listeners):
+            try:
+                listener(event)
+            except Exception as error:
+                if number not in self._reported:
+                    self._reported.add(number)
+                    name = getattr(listener, "__qualname__", type(listener).__qualname__)
+                    self("warning", text=f"{name} failed at {event['event']}: {type(error).__name__}: {error}; the run goes on")
+
+
+@dataclass
+class _Run:
+    """The state of one walk: what is published so far, by output."""
+
+    plan: Plan
+    store: Store
+    run_dir: Path
+    announce: _Announcer
+    server: ForkServer | None
+
+    def __post_init__(self) -> None:
+        self.artifacts: dict[Ref, Artifact] = dict(self.plan.sources)
+        self.manifests: dict[str, Manifest] = {}  # by node
+        self.warned = False
+
+    def execute(self) -> list[NodeResult]:
+        started = time.monotonic()
+        nodes = [{"node": node.name, "stage": node.stage.name, "status": node.status} for node in self.plan.nodes]
+        self.announce("run_started", run_dir=str(self.run_dir), nodes=nodes)
+        results: list[NodeResult] = []
+        status, current = "failed", ""
+        try:
+            for node in self.plan.nodes:
+                current = node.name
+                results.append(self.node(node))
+            status = "finished"
+        except LlmpressError as error:
+            reason = getattr(error, "reason", str(error))
+            self.announce("node_failed", current, reason=reason, log=getattr(error, "log", ""), tail=getattr(error, "tail", ""))
+            raise
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise Interrupted(
+                f"interrupted during {current}; what is finished is kept, and the same command continues from there"
+            ) from None
+        finally:
+            ran = sum(result.status == "ran" for result in results)
+            seconds = time.monotonic() - started
+            self.announce("run_finished", status=status, seconds=seconds, hits=len(results) - ran, ran=ran)
+        return results
+
+    def node(self, node: PlannedNode) -> NodeResult:
+        """One node, found or made. Its outputs are inputs of later ones."""
+        try:
+            manifest = self._find(node)
+            hit = manifest is not None
+            if manifest is None:
+                manifest, hit = self._make(node)
+        except OSError as error:
+            raise StoreError(f"{node.name}: {explain_os_error(error, self.store.root)}") from error
+        path = self.store.path(node.stage.name, node.key)
+        self.manifests[node.name] = manifest
+        for port, kind in node.types.items():
+            place = path if len(node.types) == 1 else path / port
+            self.artifacts[Ref(node.name, port)] = kind(place, node.expected[port], node.key)
+        self._tell(node, manifest, path, hit)
+        return NodeResult(node, "hit" if hit else "ran", path, manifest)
+
+    def _find(self, node: PlannedNode) -> Manifest | None:
+        return self.store.find_hit(node.stage.name, node.key, self._digests(node))
+
+    def _digests(self, node: PlannedNode) -> dict[str, str]:
+        return digests_read(node.input_keys, {port: self.manifests.get(ref.node) for port, ref in node.inputs.items()})
+
+    def _make(self, node: PlannedNode) -> tuple[Manifest, bool]:
+        """Compute and publish a node; the flag says that another run has done so meanwhile."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(self.store.lock(node.key, timeout=0))
+            except TimeoutError:
+                self.announce("waiting", node.name, key=node.key)
+                held.enter_context(self.store.lock(node.key))
+            manifest = self._find(node)
+            if manifest is not None:
+                return manifest, True
+            self._check_disk(node)
+            self.announce("node_started", node.name, key=node.key)
+            scratch = self._prepare_scratch(node)
+            try:
+                manifest = self._compute(node, scratch)
+                self.store.publish(scratch, manifest)
+            except BaseException:
+                if not node.stage.resumes:
+                    self.store.discard(node.key)
+                raise
+        return manifest, False
+
+    def _check_disk(self, node: PlannedNode) -> None:
+        needed, free = node.memory.totals["disk"], free_disk(self.store.root)
+        if needed > free:
+            raise StoreError(
+                f"{node.name}: needs {format_size(needed)} of disk and {format_size(free)} are free in {self.store.root}; free some space "
+                "(`run mode=gc` removes what no run uses) or choose another folder with `outputs=...`"
+            )
+
+    def _prepare_scratch(self, node: PlannedNode) -> Path:
+        """Empty, or what an interrupted attempt left to a stage that resumes, made writable again."""
+        if not node.stage.resumes:
+            self.store.discard(node.key)
+        scratch = self.store.scratch(node.key).resolve()
+        for name in (MANIFEST, "artifact.tmp"):  # an attempt that was killed while it published
+            (scratch / name).unlink(missing_ok=True)
+        for file in scratch.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        return scratch
+
+    def _compute(self, node: PlannedNode, scratch: Path) -> Manifest:
+        """Run the stage in a worker. Returns the manifest of what it left in `scratch`."""
+        assert self.server
+        notes: list[str] = []
+
+        def emit(event: Event) -> None:
+            if event["event"] == "note":
+                notes.append(event["text"])
+            self.announce.send({"node": node.name, **event})
+
+        folder = self.run_dir / "logs" / node.name
+        made = run_job(self.server, self._request(node, scratch), folder, node.memory.totals["ram"], emit)
+        if self.server.reason and not self.warned:
+            self.warned = True
+            self.announce("warning", text=f"stages start in fresh interpreters, which takes seconds each: {self.server.reason}")
+        return build_manifest(node, scratch, made, notes=notes, history=self._history(node), read=self._digests(node))
+
+    def _request(self, node: PlannedNode, scratch: Path) -> Request:
+        inputs: dict[str, InputArtifact | None] = dict.fromkeys(input_ports(type(node.stage)))
+        for port, ref in node.inputs.items():
+            given = self.artifacts[ref]
+            inputs[port] = InputArtifact(type=type(given).__name__, path=given.path.resolve(), key=node.input_keys[port], spec=given.spec)
+        return Request(
+            node=node.name,
+            stage=node.stage.name,
+            params=node.stage.params.model_dump(mode="json"),
+            execution=node.stage.execution.model_dump(mode="json"),
+            key=node.key,
+            output=scratch,
+            inputs=inputs,
+            expected=dict(node.expected),
+            types={port: kind.__name__ for port, kind in node.types.items()},
+        )
+
+    def _history(self, node: PlannedNode) -> tuple[Provenance, ...]:
+        """The stages applied to the model that this node is given."""
+        model = next((node.inputs[port] for port in LATEST_PORTS if port in node.inputs), None)
+        manifest = self.manifests.get(model.node) if model else None
+        return manifest.history if manifest else ()
+
+    def _tell(self, node: PlannedNode, manifest: Manifest, path: Path, hit: bool) -> None:
+        notes = list(manifest.notes)
+        code = fingerprint(type(node.stage).__module__)
+        if hit and manifest.fingerprint != code:
+            notes.append(
+                f"taken from the store, where other code of {node.stage.name} put it ({manifest.fingerprint}, now {code}); "
+                f"if the change alters results, raise the stage's `version`"
+            )
+        self.announce(
+            "node_hit" if hit else "node_finished",
+            node.name,
+            seconds=manifest.seconds,
+            key=node.key,
+            path=str(path),
+            nbytes=sum(record.nbytes for record in manifest.files.values()),
+            metrics=dict(manifest.metrics),
+            peak_rss=manifest.peak_rss,
+            notes=notes,
+        )
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that a job scheduler's request to end leaves no worker behind."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,92 @@
+"""A plan for people (a table for the terminal) and for scripts (plan.json)."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.identity import non_default
+from pipeline.plan import Plan, PlannedNode
+from pipeline.spec import ModelSpec
+from pipeline.store import SHORT
+from pipeline.target import format_size
+
+PLAN_SCHEMA = 1
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """`plan.json`: the recipe's digest, the source, and per node its key, types, expected bytes, memory and status."""
+    return {
+        "schema_version": PLAN_SCHEMA,
+        "recipe": plan.recipe.name,
+        "digest": plan.digest,
+        "order": list(plan.recipe.order),
+        "target": plan.recipe.target.model_dump(),
+        "source": {"key": plan.source.key, **_model_facts(plan.source.model_spec)},
+        "final": str(plan.final),
+        "nodes": [_node_json(node) for node in plan.nodes],
+    }
+
+
+def _node_json(node: PlannedNode) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "stage": node.stage.name,
+        "version": node.stage.version,
+        "key": node.key,
+        "status": node.status,
+        "reason": node.reason,
+        "notes": list(node.notes),
+        "params": node.stage.params.model_dump(mode="json"),
+        "inputs": {port: str(ref) for port, ref in node.inputs.items()},
+        "outputs": {
+            port: {"type": kind.__name__, **(_model_facts(spec) if isinstance(spec := node.expected[port], ModelSpec) else {})}
+            for port, kind in node.types.items()
+        },
+        "memory": node.memory.model_dump(),
+    }
+
+
+def _model_facts(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "bytes": spec.nbytes,
+        "parameters": spec.num_parameters,
+        "bits_per_weight": round(spec.bits_per_weight, 4),
+        "kv_bytes_per_token": spec.kv_cache.bytes_per_token,
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """One look: what each node makes, how large, what it needs, and whether it is already done."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, justify in (("stage", "left"), ("makes", "left"), ("size", "right"), ("bits/w", "right"), ("KV/token", "right"),
+                          ("peak RAM", "right"), ("", "left")):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_row("source model", type(plan.source).__name__.replace("Checkpoint", "").lower(), *_sizes(plan.source.model_spec), "", "")
+    for node in plan.nodes:
+        spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
+        made = ", ".join(kind.__name__.replace("Checkpoint", "").replace("EvalReport", "report").lower() for kind in node.types.values())
+        sizes = _sizes(spec) if spec else ("", "", "")
+        table.add_row(node.name, made, *sizes, format_size(node.memory.totals["ram"]), _status(node))
+    console.print(f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n")
+    console.print(table)
+    lines = [f"  {node.name}: {note}" for node in plan.nodes for note in node.notes]
+    lines += [f"  {node.name}: to run ({node.reason})" for node in plan.nodes if node.status == "miss"]
+    if any(node.status == "pending" for node in plan.nodes):
+        lines.append("  digest of the source model pending: hit or miss is known once it has been computed (it is when the recipe runs)")
+    if lines:
+        console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _sizes(spec: ModelSpec) -> tuple[str, str, str]:
+    return format_size(spec.nbytes), f"{spec.bits_per_weight:.2f}", format_size(spec.kv_cache.bytes_per_token)
+
+
+def _status(node: PlannedNode) -> str:
+    styles = {"hit": f"[green]hit[/green] {node.key[:SHORT]}", "miss": "to run", "pending": "digest pending"}
+    return styles[node.status]
+
+
+def planned_params(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The non-default parameters of each node."""
+    return {node.name: non_default(node.stage.params) for node in plan.nodes}

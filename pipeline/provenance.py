@@ -1,0 +1,61 @@
+"""What is recorded of a finished node: the content of its `artifact.json`."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.artifact import Checkpoint, EvalReport, Manifest, Provenance, tokenizer_digest
+from pipeline.identity import backend_versions, fingerprint
+from pipeline.plan import PlannedNode
+from pipeline.spec import ModelSpec
+from pipeline.store import file_records
+from pipeline.worker import Success
+
+
+def build_manifest(
+    node: PlannedNode,
+    folder: Path,
+    made: Success,
+    *,
+    notes: Sequence[str],
+    history: tuple[Provenance, ...],
+    read: Mapping[str, str],
+) -> Manifest:
+    """The manifest of what `node` left in `folder`, every byte of which is hashed here.
+
+    `history` are the stages that were applied to its input model, `read` the digests of its inputs' bytes by port.
+    """
+    stage = node.stage
+    single = len(node.types) == 1
+    checkpoint = next((port for port, kind in node.types.items() if issubclass(kind, Checkpoint)), None)
+    spec = node.expected[checkpoint] if checkpoint else None
+    is_report = all(issubclass(kind, EvalReport) for kind in node.types.values())
+    params = stage.params.model_dump(mode="json")
+    return Manifest(
+        type=next(iter(node.types.values())).__name__,
+        key=node.key,
+        stage=stage.name,
+        version=stage.version,
+        params=params,
+        inputs=dict(node.input_keys),
+        backend=backend_versions(stage.libraries),
+        spec=spec if isinstance(spec, ModelSpec) else None,
+        outputs={} if single else {port: kind.__name__ for port, kind in node.types.items()},
+        history=(*history, Provenance(node=node.name, stage=stage.name, key=node.key, params=params)),
+        tokenizer=tokenizer_digest(folder if single else folder / checkpoint) if checkpoint else None,
+        read=dict(read) if is_report else {},  # a checkpoint's key stands for its computation, a report's for its subject
+        metrics=_metrics(made, single),
+        notes=(*node.notes, *notes),
+        files=file_records(folder),
+        environment=made.environment,
+        execution=stage.execution.model_dump(mode="json"),
+        fingerprint=fingerprint(type(stage).__module__),
+        seconds=made.seconds,
+        peak_rss=made.peak_rss,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _metrics(made: Success, single: bool) -> dict[str, float]:
+    """By name; `port.name` where a stage has several outputs."""
+    return {name if single else f"{port}.{name}": value for port, output in made.outputs.items() for name, value in output.metrics.items()}

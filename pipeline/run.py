@@ -1,0 +1,108 @@
+"""The way of one composed recipe: plan it, run it, report it, and say where the final model is.
+
+A run's folder is `outputs/runs/<recipe>/<digest12>/`: recipe.yaml (composed), plan.json, report.json, logs/, and `model`, a link to the
+final checkpoint in the store.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.collect import collect
+from pipeline.errors import LlmpressError, StoreError
+from pipeline.executor import Listener, execute
+from pipeline.export import check_export, export_model
+from pipeline.graph import SOURCE_MODEL
+from pipeline.plan import Plan, make_plan
+from pipeline.plan_table import plan_json, print_plan
+from pipeline.progress import Display
+from pipeline.recipe import Recipe, Settings
+from pipeline.report import Report, RunRecord, build_report
+from pipeline.report_table import print_report
+from pipeline.store import SHORT, Store, check_writable, explain_os_error
+from pipeline.target import format_size
+from pipeline.tracking import Tracker
+
+
+def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: Path) -> dict[str, float]:
+    """Do what `mode` says; returns the headline metrics (none for a plan). `composed` is the config as YAML."""
+    root = outputs_folder(settings)
+    store = Store(root)
+    if settings.mode == "plan":
+        plan = make_plan(recipe, store, resources, execute=False)
+        if settings.format == "json":
+            print(json.dumps(plan_json(plan), indent=1))
+        else:
+            print_plan(plan, Console())
+        return {}
+    export_to = Path(settings.export_to).expanduser() if settings.export_to else None
+    if export_to:
+        check_export(export_to)
+    plan = make_plan(recipe, store, resources, execute=True)
+    try:
+        check_writable(root)
+        return _execute(plan, settings, store, composed, export_to)
+    except OSError as error:
+        raise StoreError(explain_os_error(error, root)) from None
+
+
+def outputs_folder(settings: Settings) -> Path:
+    return Path(settings.outputs).expanduser().resolve()
+
+
+def collect_unused(settings: Settings) -> dict[str, float]:
+    """`mode=gc`: say what was removed."""
+    collected = collect(Store(outputs_folder(settings)))
+    for folder in collected.removed:
+        print(f"removed {folder.name}")
+    print(f"freed {format_size(collected.nbytes)}; {collected.kept} artifacts are used by runs and stay")
+    return {}
+
+
+def _execute(plan: Plan, settings: Settings, store: Store, composed: str, export_to: Path | None) -> dict[str, float]:
+    run_dir = store.root / "runs" / plan.recipe.name / plan.digest[:SHORT]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(composed, encoding="utf-8")
+    (run_dir / "plan.json").write_text(json.dumps(plan_json(plan), indent=1) + "\n", encoding="utf-8")
+    record = RunRecord(run_dir)
+    tracker = Tracker(plan, settings.tracking, store.root, run_dir) if settings.tracking.enabled else None
+    listeners: list[Listener] = [record, Display(), *([tracker] if tracker else [])]
+    error: LlmpressError | None = None
+    try:
+        execute(plan, store, run_dir, listeners)
+    except LlmpressError as caught:
+        error = caught
+    if error is None:
+        _link_model(plan, store, run_dir)
+        if export_to:
+            export_model(plan, run_dir / "model", export_to)
+    report = build_report(plan, record, error)
+    report.write(run_dir)
+    _show(report, settings, tracker, error)
+    return report.metrics
+
+
+def _show(report: Report, settings: Settings, tracker: Tracker | None, error: LlmpressError | None) -> None:
+    """Print the report, hand it to MLflow, and raise what ended the run."""
+    line = tracker.finish(report) if tracker else ""
+    if settings.format == "json":
+        print(report.model_dump_json(indent=1))
+    else:
+        print_report(report, Console(), line)
+    if error is not None:
+        raise error
+
+
+def _link_model(plan: Plan, store: Store, run_dir: Path) -> None:
+    """`model` in the run's folder, replaced in one step."""
+    if plan.final == SOURCE_MODEL:
+        target = plan.source.path.resolve()
+    else:
+        node = next(node for node in plan.nodes if node.name == plan.final.node)
+        place = store.path(node.stage.name, node.key)
+        target = place if len(node.types) == 1 else place / plan.final.port
+    temporary = run_dir / f".model-{os.getpid()}"
+    temporary.symlink_to(os.path.relpath(target, run_dir))
+    temporary.replace(run_dir / "model")

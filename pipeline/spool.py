@@ -1,0 +1,97 @@
+"""What happened in a run, as JSON lines on disk, until it stands in MLflow. A spool exists as long as it is not recorded there.
+
+    <run folder>/tracking/<nanoseconds>-<pid>.jsonl     one attempt: a header, then events, then `end`
+    <run folder>/tracking/recorded.json                 what MLflow holds of the last attempt that was recorded
+
+The writer holds a lock on its open file. The operating system takes it away when the writer dies, however it dies: a reader
+that sees the lock free knows that nothing will follow. Whoever records a spool deletes it.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.spec import Frozen
+
+FOLDER = "tracking"
+POLL = 0.25  # seconds between looks at a spool that is still being written
+
+
+class Recorded(Frozen):
+    """What MLflow holds: the pipeline's run there and the `state` (a digest) of what was recorded."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+    state: str
+
+    def write(self, run_dir: Path) -> None:
+        file = run_dir / FOLDER / "recorded.json"
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n")
+        temporary.replace(file)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Recorded | None":
+        try:
+            return cls.model_validate_json((run_dir / FOLDER / "recorded.json").read_bytes())
+        except (OSError, ValidationError):  # never recorded, or by another version: record again
+            return None
+
+
+class Spool:
+    """The writing end. OSError where the run's folder cannot be written."""
+
+    def __init__(self, run_dir: Path, header: Mapping[str, Any]) -> None:
+        folder = run_dir / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
+        temporary = self.path.with_suffix(".new")
+        self._stream = open(temporary, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`: its lock must last
+        fcntl.flock(self._stream, fcntl.LOCK_EX)
+        self.append(header)
+        temporary.rename(self.path)  # a reader never sees it without its lock and header
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def spools(run_dir: Path) -> list[Path]:
+    """Attempts that are not recorded yet, oldest first."""
+    return sorted((run_dir / FOLDER).glob("*.jsonl"))
+
+
+def is_live(spool: Path) -> bool:
+    """Whether its writer still lives. FileNotFoundError where it has been recorded meanwhile."""
+    with open(spool, "rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def follow(spool: Path) -> Iterator[list[dict[str, Any]]]:
+    """The events in batches as they come, until `end` or until the writer is gone. A line cut short by its death is dropped."""
+    rest = b""
+    with open(spool, "rb") as stream:
+        while True:
+            live = is_live(spool)  # asked before reading, so that a writer's last words are still heard
+            *lines, rest = (rest + stream.read()).split(b"\n")
+            events = [json.loads(line) for line in lines]
+            if events:
+                yield events
+            if not live or any(event["event"] == "end" for event in events):
+                return
+            if not events:
+                time.sleep(POLL)

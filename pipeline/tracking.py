@@ -1,0 +1,231 @@
+"""MLflow, off the critical path: what a run does about tracking in its own process, which never imports mlflow.
+
+`Tracker` listens and writes a spool (see `spool.py`). The moment a stage really runs it starts `python -m pipeline.recorder`,
+which follows the spool and writes to MLflow beside the run. A tracking server that is down, a wrong address or a killed run
+costs one sentence, never the run: the spool stays, and the next run hands it to its recorder. Where every stage was a hit and
+MLflow has this very pipeline already, nothing is started at all.
+"""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.artifact import Manifest
+from pipeline.identity import digest
+from pipeline.plan import Plan, PlannedNode
+from pipeline.recipe import ModelSource, TrackingSettings
+from pipeline.report import Report, artifact_bytes, model_facts
+from pipeline.report_table import markdown
+from pipeline.spec import ModelSpec
+from pipeline.spool import FOLDER, Recorded, Spool, is_live, spools
+
+PARENT_VARIABLE = "LLMPRESS_PARENT_RUN"  # MLflow run id of the sweep that this pipeline belongs to
+PATIENCE = 20.0  # seconds that a finished run waits for its recorder
+SQLITE = "sqlite:///"
+HEAVY_EVENTS = ("node_started", "node_finished", "node_failed", "curve")  # something ran, so there is something to record
+IGNORED_EVENTS = ("progress",)
+RECORDER_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+
+
+class Tracker:
+    """A listener for one run; call `finish` when its report is written. `outputs` holds the default database and `runs/`."""
+
+    def __init__(self, plan: Plan, settings: TrackingSettings, outputs: Path, run_dir: Path) -> None:
+        self.plan, self.settings, self.outputs, self.run_dir = plan, settings, outputs, run_dir
+        self.uri = settings.uri or f"{SQLITE}{(outputs / 'mlflow.db').resolve()}"
+        self.parent = os.environ.get(PARENT_VARIABLE, "")
+        self.log = run_dir / FOLDER / "recorder.log"
+        self._waiting: list[Mapping[str, Any]] = []
+        self._spool: Spool | None = None
+        self._recorder: subprocess.Popen[bytes] | None = None
+        self._problem = ""
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Never raises for its own troubles: `finish` tells them."""
+        if event["event"] in IGNORED_EVENTS or self._problem:
+            return
+        try:
+            if event["event"] in ("node_hit", "node_finished"):
+                event = {**event, "metrics": measurements(Manifest.load(Path(event["path"])))}
+            self._waiting.append(event)
+            if self._spool is None and event["event"] in HEAVY_EVENTS:
+                self._start()
+            self._write()
+        except (OSError, ValueError) as error:
+            self._problem = f"events cannot be spooled ({error})"
+
+    def finish(self, report: Report, patience: float = PATIENCE) -> str:
+        """Hand over the report and wait for the recorder, at most `patience` seconds. One line: where to look, or what is wrong."""
+        state = self._state(report)
+        view = view_command(self.settings.uri, self.outputs)
+        try:
+            if self._spool is None and not self._problem:
+                if report.verdict == "complete" and is_recorded(self.run_dir, self.uri, state):
+                    self._replay()
+                    return f"{view}   (already recorded)"
+                self._start()
+            self._waiting.append({"event": "end", "report": report.model_dump(mode="json"), "note": markdown(report), "state": state})
+            self._write()
+        except OSError as error:
+            self._problem = f"events cannot be spooled ({error})"
+        if self._spool is not None:
+            self._spool.close()
+        if self._problem or self._spool is None or self._recorder is None:
+            return f"not recorded: {self._problem}; the run itself is not affected"
+        deadline = time.monotonic() + patience
+        while self._spool.path.exists() and self._recorder.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not self._spool.path.exists():
+            return view
+        if self._recorder.poll() is None:
+            return f"{view}   (still writing, log {self.log})"
+        reason = last_line(self.log)
+        return f"not recorded: {reason}; the run itself is not affected, and the next one tries again (log {self.log})"
+
+    def _start(self) -> None:
+        self._spool = Spool(self.run_dir, header(self.plan, self.run_dir, self.parent))
+        self._recorder = self._launch([self.run_dir, *self._forgotten()])
+
+    def _write(self) -> None:
+        if self._spool is not None:
+            for event in self._waiting:
+                self._spool.append(event)
+            self._waiting.clear()
+
+    def _replay(self) -> None:
+        """Let what earlier runs could not record be recorded now; nobody waits for it."""
+        forgotten = self._forgotten() + ([self.run_dir] if spools(self.run_dir) else [])
+        if forgotten:
+            self._launch(forgotten)
+
+    def _forgotten(self) -> list[Path]:
+        """Folders of other runs whose spools nobody writes any more."""
+        folders = sorted({spool.parent.parent for spool in self.outputs.glob(f"runs/*/*/{FOLDER}/*.jsonl")} - {self.run_dir})
+        return [folder for folder in folders if not any(is_live(spool) for spool in spools(folder))]
+
+    def _launch(self, run_dirs: list[Path]) -> "subprocess.Popen[bytes]":
+        """A session of its own keeps the terminal's Ctrl-C away; -P keeps the working folder's modules out."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-P", "-m", "pipeline.recorder", "--uri", self.uri, "--experiment", self.settings.experiment]
+        if self.settings.uri is None:
+            command += ["--artifacts", str((self.outputs / "mlartifacts").resolve())]
+        with open(self.log, "wb") as log:
+            return _popen([*command, *map(str, run_dirs)], log)
+
+    def _state(self, report: Report) -> str:
+        """Digest of what MLflow would hold of this run when every stage is a hit."""
+        keys = {stage.name: stage.key for stage in report.stages}
+        return digest("tracking", {"keys": keys, "digest": report.digest, "experiment": self.settings.experiment, "parent": self.parent})
+
+
+def _popen(command: list[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    environment = {**RECORDER_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+
+
+def header(plan: Plan, run_dir: Path, parent: str) -> dict[str, Any]:
+    """The spool's first line: everything about the pipeline that is known before it runs."""
+    return {
+        "event": "pipeline",
+        "time": time.time(),
+        "name": short_name(plan),
+        "recipe": plan.recipe.name,
+        "digest": plan.digest,
+        "parent": parent,
+        "run_dir": str(run_dir.resolve()),
+        "params": pipeline_params(plan),
+        "nodes": {node.name: _node_header(node, number) for number, node in enumerate(plan.nodes, 1)},
+    }
+
+
+def _node_header(node: PlannedNode, number: int) -> dict[str, Any]:
+    planned = {f"planned_peak_{place}": float(count) for place, count in node.memory.totals.items() if count}
+    specs = [spec for spec in node.expected.values() if isinstance(spec, ModelSpec)]
+    if specs:
+        planned["planned_nbytes"] = float(sum(spec.nbytes for spec in specs))
+    return {
+        "number": number,
+        "stage": node.stage.name,
+        "version": node.stage.version,
+        "short": short_stage(node),
+        "key": node.key,
+        "params": node.stage.params.model_dump(mode="json"),
+        "planned": planned,
+    }
+
+
+def pipeline_params(plan: Plan) -> dict[str, Any]:
+    """`order`, `model` and each stage's parameters as `prune.head_ratio`, defaults included: what a person compares runs by."""
+    params: dict[str, Any] = {"order": " > ".join(plan.recipe.order), "model": _model_name(plan.recipe.model)}
+    for node in plan.nodes:
+        name, _, suffix = node.name.partition("@")
+        if suffix != "source":
+            params |= {f"{name}.stage": node.stage.name}
+            params |= {f"{name}.{field}": value for field, value in node.stage.params.model_dump(mode="json").items()}
+    return params
+
+
+def _model_name(model: ModelSource) -> str:
+    return model.path or (f"{model.id}@{model.revision}" if model.id else "architecture")
+
+
+def short_name(plan: Plan) -> str:
+    """`prune>gptq4>evaluate`: what was done, in order, inserted conversions included."""
+    return ">".join(short_stage(node) for node in plan.nodes if not node.name.endswith("@source"))
+
+
+def short_stage(node: PlannedNode) -> str:
+    """A quantizing stage by its method and width, any other by the recipe's own name for it."""
+    num_bits = getattr(node.stage.params, "num_bits", None)
+    return f"{node.stage.name}{num_bits}" if num_bits is not None else node.name.partition("@")[0]
+
+
+def measurements(manifest: Manifest) -> dict[str, float]:
+    """An artifact's numbers under the flat names of MLflow."""
+    size = model_facts(manifest.spec) if manifest.spec else {"nbytes": float(artifact_bytes(manifest))}
+    return size | {"seconds": manifest.seconds, "measured_peak_ram": float(manifest.peak_rss)} | manifest.metrics
+
+
+def is_recorded(run_dir: Path, uri: str, state: str) -> bool:
+    """Whether MLflow holds this very run; a sqlite file is asked, a server is trusted."""
+    recorded = Recorded.read(run_dir)
+    if recorded is None or (recorded.uri, recorded.state) != (uri, state):
+        return False
+    if not uri.startswith(SQLITE):
+        return True
+    query = "SELECT 1 FROM runs WHERE run_uuid = ? AND lifecycle_stage = 'active' AND status = 'FINISHED'"
+    try:
+        connection = sqlite3.connect(f"file:{uri.removeprefix(SQLITE)}?mode=ro", uri=True, timeout=1)
+    except sqlite3.Error:  # no such file any more
+        return False
+    try:
+        return connection.execute(query, (recorded.run_id,)).fetchone() is not None
+    except sqlite3.Error:  # not a database of MLflow: the recorder will say so
+        return False
+    finally:
+        connection.close()
+
+
+def view_command(uri: str | None, outputs: Path) -> str:
+    """What a person types, or opens, to see the runs."""
+    if uri is None:
+        here = Path.cwd()
+        uri = SQLITE + str((outputs.relative_to(here) if outputs.is_relative_to(here) else outputs) / "mlflow.db")
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "the recorder died without a word"

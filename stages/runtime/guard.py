@@ -1,0 +1,81 @@
+"""What every checkpoint must prove before it is published. Most silent failures of the libraries below end here."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.spec import ModelSpec
+from stages.runtime.loading import load_model
+from stages.runtime.scoring import token_losses
+from stages.runtime.tensors import DTYPES, TensorReader
+
+CHUNK_BYTES = 64 << 20  # read at once when looking for nan and inf
+PROBLEMS_SHOWN = 5
+
+# Mean over tokens of |difference|, in nats. Reloaded weights are the same numbers, so on one device the losses are the same
+# floats. A model quantized on an accelerator and reloaded on the CPU rounds its bf16 activations differently: computing in
+# float32 instead of bf16 throughout moved a trained model's losses by 0.024.
+PROBE_TOLERANCE = 1e-4
+PROBE_TOLERANCE_ACROSS_DEVICES = 0.05
+
+
+def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
+    """Names, dtypes, shapes, config.json and every value of a checkpoint. ValueError says how it departs from `spec`."""
+    reader = TensorReader(folder)
+    problems = spec.differences(reader.table)
+    if not problems:
+        problems = config_differences(folder, spec) + [
+            f"{name} holds nan or inf"
+            for name, entry in reader.table.items()
+            if DTYPES[entry.dtype].is_floating_point and not is_finite(reader, name)
+        ]
+        problems += wrong_weight_shapes(reader, spec)
+    if problems:
+        more = f" and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        raise ValueError(f"the checkpoint is not what was planned: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}")
+
+
+def config_differences(folder: Path, spec: ModelSpec) -> list[str]:
+    """How the model that config.json describes departs from `spec`; the cache layout is not config.json's matter."""
+    found = ModelSpec.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if found.model_copy(update={"kv_cache": spec.kv_cache}) == spec:
+        return []
+    mine, planned = found.architecture.model_dump(), spec.architecture.model_dump()
+    fields = [f"config.json says {name} {mine[name]}, expected {planned[name]}" for name in planned if mine[name] != planned[name]]
+    return fields or ["config.json's quantization_config describes other layers or another scheme than the files hold"]
+
+
+def is_finite(reader: TensorReader, name: str) -> bool:
+    """Read once, in chunks of rows. A float32 sum carries any nan or inf along and is several times faster than isfinite;
+    only where a sum is not finite are the values themselves looked at."""
+    entry = reader.table[name]
+    rows = entry.shape[0] if entry.shape else 0
+    step = max(1, CHUNK_BYTES * rows // max(1, entry.nbytes))
+    for first in range(0, rows, step):
+        chunk = reader.read(name, rows=(first, first + step))
+        if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
+            return False
+    return True
+
+
+def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:
+    """`weight_shape` is read by every loader to unpack, and is data that no header shows."""
+    packed = [(name, group.shape) for group in spec.groups if not group.format.is_dense for name in group.module_names]
+    found = ((name, tuple(reader.read(f"{name}.weight_shape").tolist()), shape) for name, shape in packed)
+    return [f"{name}.weight_shape holds {list(has)}, expected {list(shape)}" for name, has, shape in found if has != shape]
+
+
+def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor, computed_on: str = "cpu") -> None:
+    """Load the checkpoint as anyone would and compare its `token_losses` on `ids`, [windows, length], with those of the model
+    in memory before it was saved. Token by token, because errors of both signs leave a mean where it was.
+
+    ValueError where they differ: what was saved is not what was made.
+    """
+    tolerance = PROBE_TOLERANCE if computed_on == "cpu" else PROBE_TOLERANCE_ACROSS_DEVICES
+    difference = (token_losses(load_model(folder), ids) - expected).abs().mean().item()
+    if not difference <= tolerance:  # also when it is nan
+        raise ValueError(
+            f"the saved checkpoint does not reload as the model that was made: its losses on a probe differ by {difference:.3g} nats "
+            f"per token, rounding explains {tolerance}; report this with the versions of torch and compressed-tensors"
+        )

@@ -1,0 +1,188 @@
+"""Run a decoder-only model one layer at a time, straight from its checkpoint folder.
+
+Only one decoder layer is ever in memory, beside the hidden states of the text that is carried through it: `sweep` takes
+all micro-batches through layer 0, then through layer 1, and so on. The embedding and the head are read in slices of the
+vocabulary. A 70B model so needs the memory of its largest layer, not of its 140 GB.
+
+Nothing of a model family is rebuilt here. The model itself is made on the `meta` device, without weights, and its own
+forward says what each layer is called with (masks, rotary embeddings, sliding windows): it runs once with layers that
+only record. So the logits equal those of the resident model exactly, which the tests hold for every supported family.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.spec import ModelSpec
+from stages.runtime.packing import packed_formats, unpack_weight
+from stages.runtime.tensors import DTYPES, TensorReader
+
+VOCABULARY_ROWS = 8192  # rows of the embedding or head in memory at once: the head of a 128k x 8192 model is larger than its layers
+MICRO_BATCH_TOKENS = 1024  # more only costs memory: the matrices are large enough to be computed at full speed
+
+OnLayer = Callable[[int, torch.nn.Module], Iterable[RemovableHandle]]
+OnOutput = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+
+
+class TokenScores(NamedTuple):
+    """Of one micro-batch [B, T], in fp32."""
+
+    nll: torch.Tensor  # [B, T - 1]: -log p(token t + 1 | tokens up to t), in nats
+    logsumexp: torch.Tensor  # [B, T]: of the logits over the vocabulary; log p = logit - logsumexp
+
+
+def micro_batches(windows: torch.Tensor, tokens: int = MICRO_BATCH_TOKENS) -> list[torch.Tensor]:
+    """[N, T] token ids in pieces of at most `tokens` tokens, at least one window each."""
+    rows = max(1, tokens // windows.shape[1])
+    return [windows[first : first + rows] for first in range(0, len(windows), rows)]
+
+
+class LayerwiseModel:
+    """A checkpoint that can be run without being loaded. `dtype` is that of the computation (default: the checkpoint's).
+
+    Layers share their buffers: a tensor of a layer's weights is valid until the next layer is loaded. Packed layers
+    (compressed-tensors, `pack-quantized`) are dequantized as they are loaded.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.spec = ModelSpec.from_config(raw)
+        self.reader = TensorReader(folder)
+        problems = self.spec.differences(self.reader.table)
+        if problems:
+            raise ValueError(f"{folder} is not the model its config.json describes: {'; '.join(problems[:5])}")
+        self.dtype = dtype or DTYPES[self.spec.dtype]
+        self.decoder = meta_decoder(folder, self.dtype)
+        self.layers = self.decoder.layers
+        self._formats = packed_formats(self.spec)
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def sweep(
+        self,
+        batches: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None] | None = None,
+        on_layer: OnLayer | None = None,
+        on_output: OnOutput | None = None,
+    ) -> list[torch.Tensor]:
+        """Carry micro-batches of token ids [B, T] through all layers; returns the hidden states [B, T, H] that the head takes.
+
+        `masks` are attention masks [B, T] (1: attend), None where a batch has no padding. `on_layer(i, layer)` is called
+        when layer i is loaded and may register hooks, whose handles it returns; `on_output(i, b, before, after)` sees
+        batch b's hidden states around layer i.
+        """
+        masks = masks or [None] * len(batches)
+        hidden = self.embed(batches)
+        recorded: dict[torch.Size, list[dict[str, Any]]] = {}  # unmasked batches of one shape are called alike
+        for i in range(len(self.layers)):
+            layer = self.load_layer(i)
+            handles = list(on_layer(i, layer)) if on_layer else []
+            for b, mask in enumerate(masks):
+                if mask is not None:
+                    arguments = self.layer_arguments(hidden[b], mask)
+                elif (arguments := recorded.get(hidden[b].shape, [])) == []:
+                    arguments = recorded[hidden[b].shape] = self.layer_arguments(hidden[b])
+                after = layer(hidden[b], **arguments[i])
+                if on_output:
+                    on_output(i, b, hidden[b], after)
+                hidden[b] = after
+            for handle in handles:
+                handle.remove()
+            layer.to("meta")
+        self._buffers.clear()
+        self._load(self.decoder.norm, "model.norm.")
+        return [self.decoder.norm(h) for h in hidden]
+
+    def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """[B, T] token ids to [B, T, H] embeddings."""
+        hidden = [torch.empty(*ids.shape, self.spec.architecture.hidden_size, dtype=self.dtype) for ids in batches]
+        for first, weight in self._vocabulary_slices("model.embed_tokens.weight"):
+            for ids, h in zip(batches, hidden, strict=True):
+                here = (ids >= first) & (ids < first + len(weight))
+                h[here] = weight[ids[here] - first]
+        return hidden
+
+    def load_layer(self, index: int) -> torch.nn.Module:
+        """Decoder layer `index` with its weights; `.to("meta")` lets go of them."""
+        return self._load(self.layers[index], f"model.layers.{index}.")
+
+    def layer_arguments(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> list[dict[str, Any]]:
+        """The keyword arguments that the model's own forward passes to each of its layers for these hidden states."""
+        calls: list[dict[str, Any]] = []
+
+        def record(states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            calls.append(arguments)
+            return states
+
+        inert = [*self.layers, self.decoder.norm]
+        for module in inert:
+            module.forward = record
+        try:
+            # use_cache: a cache would keep the keys and values of every layer
+            self.decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
+        finally:
+            for module in inert:
+                del module.forward
+        return calls[:-1]
+
+    @torch.no_grad()
+    def logit_slices(self, hidden: Sequence[torch.Tensor]) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
+        """Yield (first, logits) by slices of the vocabulary: of each batch in turn [B, T, rows] in fp32, ids from `first` on."""
+        name = "model.embed_tokens.weight" if self.spec.architecture.tied else "lm_head.weight"
+        for first, weight in self._vocabulary_slices(name):
+            yield first, (functional.linear(h, weight).float() for h in hidden)
+
+    @torch.no_grad()
+    def score(self, hidden: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> list[TokenScores]:
+        """Score the token ids `batches` by the hidden states that `sweep` made of them, never holding [B, T, vocabulary]."""
+        log_sums = [torch.full(ids.shape, -torch.inf) for ids in batches]
+        targets = [torch.zeros(ids[:, 1:].shape) for ids in batches]
+        for first, slices in self.logit_slices(hidden):
+            for ids, log_sum, target, logits in zip(batches, log_sums, targets, slices, strict=True):
+                torch.logaddexp(log_sum, logits.logsumexp(-1), out=log_sum)
+                wanted = ids[:, 1:] - first
+                here = (wanted >= 0) & (wanted < logits.shape[-1])
+                chosen = logits[:, :-1].gather(-1, wanted.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+                target[here] = chosen[here]
+        return [TokenScores(log_sum[:, :-1] - target, log_sum) for log_sum, target in zip(log_sums, targets, strict=True)]
+
+    def _vocabulary_slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of the embedding or head. A packed head, which hardly anyone makes, is unpacked whole."""
+        whole = None if name in self.reader.table else self._unpacked(name.removesuffix(".weight"))
+        for first in range(0, self.spec.architecture.vocab_size, VOCABULARY_ROWS):
+            rows = (first, first + VOCABULARY_ROWS)
+            yield first, self.reader.read(name, rows).to(self.dtype) if whole is None else whole[slice(*rows)]
+
+    def _load(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
+        module.load_state_dict({name: self._weight(prefix, name) for name in module.state_dict()}, assign=True)
+        return module
+
+    def _weight(self, prefix: str, name: str) -> torch.Tensor:
+        """One weight of a layer, in the dtype of the computation, read into the buffer that the next layer will use again."""
+        module = (prefix + name).removesuffix(".weight")
+        if module in self._formats and name.endswith(".weight"):
+            return self._unpacked(module)
+        self._buffers[name] = self.reader.read(prefix + name, out=self._buffers.get(name))
+        return self._buffers[name].to(self.dtype)
+
+    def _unpacked(self, module: str) -> torch.Tensor:
+        form, shape = self._formats[module], (1, 1)
+        packed = {suffix: self.reader.read(f"{module}.{suffix}") for suffix in form.tensors(shape, self.spec.dtype)}
+        return unpack_weight(packed, form, self.dtype)
+
+
+def meta_decoder(folder: Path, dtype: torch.dtype) -> Any:
+    """The folder's model below its head, without weights but with what is computed and not stored."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its layers come dequantized
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False).get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # inverse frequencies are in no file
+    return decoder

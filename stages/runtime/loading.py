@@ -1,0 +1,36 @@
+"""Load a whole checkpoint through transformers, and believe nothing that it only warns about."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from pipeline.artifact import Checkpoint
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the accelerator where there is one. ValueError for an accelerator that is not there."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    if device != "cpu" and (accelerator is None or accelerator.type != torch.device(device).type):
+        raise ValueError(f"device: '{device}' is not on this machine; write device: auto or device: cpu")
+    return torch.device(device)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """The folder's causal language model in its own dtype, in eval mode; packed weights are multiplied out once, on loading.
+
+    ValueError names the weights that are missing, left over or of another shape: transformers fills those in at random.
+    """
+    packed = "quantization_config" in Checkpoint(folder).config
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
+    )
+    problems = {what: sorted(map(str, found)) for what, found in report.items() if found}
+    if problems:
+        listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(found[:3])}" for what, found in problems.items())
+        raise ValueError(f"{folder} does not load as the model its config.json describes ({listed})")
+    return model.to(device).eval()

@@ -1,0 +1,175 @@
+"""Cut a checkpoint smaller while it streams by: each layer is read once, scored, gathered and written.
+
+The matrices of one layer are held at a time, in buffers that the next layer uses again; fresh pages would cost more than
+the copying itself. What is not cut goes through a small buffer from file to file. A thread writes one tensor while the next is
+read, scored and gathered.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.spec import Architecture
+from stages.functional.importance import (
+    gather_columns,
+    head_magnitude,
+    highest,
+    kept_groups,
+    kept_queries,
+    neuron_magnitude,
+    rows_of_heads,
+)
+from stages.runtime.tensors import CheckpointWriter, TensorReader
+
+# The tensors of a layer that are cut: (along which dimension, of which units). Norms, and the biases of what writes into the
+# residual stream (o_proj, down_proj), keep their shape.
+ATTENTION = {
+    "self_attn.q_proj.weight": (0, "query"), "self_attn.q_proj.bias": (0, "query"),
+    "self_attn.k_proj.weight": (0, "kv"), "self_attn.k_proj.bias": (0, "kv"),
+    "self_attn.v_proj.weight": (0, "kv"), "self_attn.v_proj.bias": (0, "kv"),
+    "self_attn.o_proj.weight": (1, "query"),
+}  # fmt: skip
+MLP = {
+    "mlp.gate_proj.weight": (0, "neuron"), "mlp.gate_proj.bias": (0, "neuron"),
+    "mlp.up_proj.weight": (0, "neuron"), "mlp.up_proj.bias": (0, "neuron"),
+    "mlp.down_proj.weight": (1, "neuron"),
+}  # fmt: skip
+
+
+@dataclass
+class Pruner:
+    """Writes `source`, cut from architecture `old` to `new`, tensor by tensor.
+
+    `head_scores` [layers, heads] and `neuron_scores` [layers, I] decide what stays; where they are None, weight magnitude does.
+    """
+
+    source: TensorReader
+    old: Architecture
+    new: Architecture
+    heads: Literal["groups", "queries"]
+    head_scores: torch.Tensor | None = None
+    neuron_scores: torch.Tensor | None = None
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    _gathered: list[torch.Tensor] = field(default_factory=list)  # two: one is being written while the other is filled
+    _writing: Future[None] | None = None
+
+    def write(self, folder: Path, kept_layers: list[int], progress: Callable[[int, int], None]) -> None:
+        """Write the weights of the pruned model. `progress` takes layers done and layers in all."""
+        outside = [name for name in self.source.table if not name.startswith("model.layers.")]
+        if self.old.tied:
+            outside = [name for name in outside if name != "lm_head.weight"]  # some files carry the copy
+        with CheckpointWriter(folder) as writer, ThreadPoolExecutor(1) as thread:
+
+            def write(how: Callable[..., None], *args: Any) -> None:
+                """One write at a time, behind the caller; an error of the last one is raised here."""
+                if self._writing is not None:
+                    self._writing.result()
+                self._writing = thread.submit(how, *args)
+
+            for name in outside:
+                write(writer.copy, name, self.source)
+            for new, old in enumerate(kept_layers):
+                progress(new, len(kept_layers))
+                self._write_layer(writer, write, old, new)
+            assert self._writing is not None
+            self._writing.result()
+            progress(len(kept_layers), len(kept_layers))
+
+    def _write_layer(self, writer: CheckpointWriter, write: Callable[..., None], old: int, new: int) -> None:
+        source, target = f"model.layers.{old}.", f"model.layers.{new}."
+        cut: dict[str, tuple[int, str]] = {}
+        if self.new.num_heads < self.old.num_heads:
+            cut |= ATTENTION
+        if self.new.intermediate_size < self.old.intermediate_size:
+            cut |= MLP
+        names = [name.removeprefix(source) for name in self.source.table if name.startswith(source)]
+        for name in names:
+            if name not in cut and not name.endswith("rotary_emb.inv_freq"):  # left by old savers, recomputed by every reader
+                write(writer.copy, target + name, self.source, source + name)
+        for block, choose in ((ATTENTION, self._choose_heads), (MLP, self._choose_neurons)):
+            weights = {name: self._read(source, name) for name in names if name in cut and name in block}
+            if weights:
+                kept = choose(old, weights)
+                for name, weight in weights.items():
+                    dimension, units = cut[name]
+                    write(writer.add, target + name, self._gather(weight, dimension, kept[units]))
+
+    def _choose_heads(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rows to keep of the query and of the key and value projections."""
+        a = self.old
+        if self.head_scores is not None:
+            scores = self.head_scores[layer]
+        else:
+            query, key, value, output = (weights[f"self_attn.{name}_proj.weight"] for name in "qkvo")
+            scores = head_magnitude(query, key, value, output, a.num_heads, a.num_kv_heads, a.qk_norm)
+        if self.heads == "groups":
+            queries, groups = kept_groups(scores, a.num_kv_heads, self.new.num_kv_heads)
+        else:
+            queries, groups = kept_queries(scores, a.num_kv_heads, self.new.num_heads), torch.arange(a.num_kv_heads)
+        return {"query": rows_of_heads(queries, a.head_dim), "kv": rows_of_heads(groups, a.head_dim)}
+
+    def _choose_neurons(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.neuron_scores is not None:
+            scores = self.neuron_scores[layer]
+        else:
+            scores = neuron_magnitude(*(weights[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
+        return {"neuron": highest(scores, self.new.intermediate_size)}
+
+    def _read(self, prefix: str, name: str) -> torch.Tensor:
+        self._buffers[name] = self.source.read(prefix + name, out=self._buffers.get(name))
+        return self._buffers[name]
+
+    def _gather(self, weight: torch.Tensor, dimension: int, kept: torch.Tensor) -> torch.Tensor:
+        """The kept rows or columns, in a buffer that the next call but one overwrites."""
+        shape = [len(kept) if d == dimension else size for d, size in enumerate(weight.shape)]
+        count = math.prod(shape)
+        buffer = self._gathered.pop(0) if len(self._gathered) == 2 else torch.empty(0, dtype=weight.dtype)
+        if buffer.numel() < count:
+            buffer = torch.empty(count, dtype=weight.dtype)
+        self._gathered.append(buffer)
+        out = buffer[:count].view(shape)
+        return gather_columns(weight, kept, out) if dimension else torch.index_select(weight, 0, kept, out=out)
+
+
+def pruned_config(config: Mapping[str, Any], new: Architecture, kept_layers: list[int]) -> dict[str, Any]:
+    """The source's config.json with the new sizes, everything else (rope scaling, token ids, ...) as it was."""
+    result = dict(config) | {
+        "model_type": new.model_type,
+        "num_hidden_layers": new.num_layers,
+        "num_attention_heads": new.num_heads,
+        "num_key_value_heads": new.num_kv_heads,
+        "head_dim": new.head_dim,
+        "intermediate_size": new.intermediate_size,
+    }
+    if new.model_type != config["model_type"]:
+        result |= mistral_settings(config)
+        for llama_only in ("attention_bias", "mlp_bias", "pretraining_tp"):
+            result.pop(llama_only, None)
+    if len(kept_layers) < config["num_hidden_layers"] and (types := layer_types(config)):
+        result["layer_types"] = [types[i] for i in kept_layers]
+    return result
+
+
+def mistral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a Mistral model of these Llama settings: the architectures differ in the defaults of their configs only."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+    }
+
+
+def layer_types(config: Mapping[str, Any]) -> list[str] | None:
+    """Attention type of each layer, as Qwen's configs say it or imply it; None where all layers are alike."""
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return None
+    first = config.get("max_window_layers", 28)
+    return ["sliding_attention" if i >= first else "full_attention" for i in range(config["num_hidden_layers"])]

@@ -1,0 +1,70 @@
+"""The settings every weight quantizer shares, and what they do to a model's spec. Needs no torch: a plan reads it.
+
+A scheme here is weight-only, integer, by groups of consecutive input columns (`W4A16` with groups of 128 is the default).
+`ignore` follows compressed-tensors: a module's exact name, or `re:` and a pattern matched from the start of the name.
+"""
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.errors import did_you_mean
+from pipeline.headers import ITEM_BYTES
+from pipeline.spec import ModelSpec, WeightFormat, ignored
+from pipeline.stage import Stage
+from pipeline.target import Memory
+
+SERVED_BITS = (4, 8)  # what vLLM's weight-only kernels (Marlin, Machete) take
+BLOCK_WEIGHTS = 1 << 24  # weights packed or unpacked at once ...
+BLOCK_BYTES = 16  # ... and the working memory of each: the rounded value in two floats, then int8 and int32 copies
+
+
+class WeightQuantization(Stage.Params):
+    num_bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = Field(default=128, ge=1)
+    symmetric: bool = True
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat(num_bits=self.num_bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def ignored_names(self, model: ModelSpec) -> tuple[str, ...]:
+        """`ignore` as it must stand in config.json: with tied embeddings `lm_head` is a Linear layer without a tensor of
+        its own, which readers of the format would otherwise expect to find packed."""
+        if model.architecture.tied and not ignored("lm_head", self.ignore):
+            return (*self.ignore, "lm_head")
+        return self.ignore
+
+    def apply(self, model: ModelSpec) -> ModelSpec:
+        """The quantized model's spec.
+
+        ValueError: an `ignore` entry matches no Linear layer, nothing is left to quantize, or the group size does not divide.
+        """
+        layers = [name for group in model.linear_groups for name in group.module_names]
+        known = {*layers, "lm_head"}
+        for entry in self.ignore:
+            if not any(ignored(name, (entry,)) for name in known):
+                raise ValueError(f"ignore: '{entry}' matches no Linear layer{did_you_mean(entry, known) if entry[:3] != 're:' else ''}")
+        if all(ignored(name, self.ignore) for name in layers):
+            raise ValueError("ignore leaves no Linear layer to quantize; remove entries from it")
+        return model.with_format(self.format, self.ignore)
+
+    def explain(self) -> list[str]:
+        if self.num_bits in SERVED_BITS:
+            return []
+        return [f"num_bits {self.num_bits}: transformers loads the result, but vLLM's kernels take only 4 and 8 bits"]
+
+
+def packing_memory(dense: ModelSpec, packed: ModelSpec, writes: ModelSpec) -> Memory:
+    """Peak of a stage that turns one weight after another from dense to packed, or back, and writes `writes`."""
+    shapes = [group.shape for group in packed.groups if not group.format.is_dense]
+    forms = [group.tensors(packed.dtype).values() for group in packed.groups if not group.format.is_dense]
+    largest = max((math.prod(shape) for shape in shapes), default=0)
+    ram = {
+        "one dense weight": largest * ITEM_BYTES[dense.dtype],
+        "its packed form, in blocks and joined": 2 * max((sum(math.prod(s) * ITEM_BYTES[d] for d, s in form) for form in forms), default=0),
+        "working copies of a block of rows": min(largest, BLOCK_WEIGHTS) * BLOCK_BYTES,
+    }
+    return Memory(ram=ram, disk={"checkpoint": writes.nbytes})

@@ -1,0 +1,38 @@
+"""How text is cut for scoring, and how much of it is scored at once. Needs no torch: a plan reads it.
+
+A document of n tokens is cut into windows that overlap by one token: the last token of one window is the first context of
+the next. With windows of 4, ids a b c d e f g become `a b c d` (scores b c d) and `d e f g` (scores e f g), so each token but
+the document's first is scored exactly once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens ...
+LOGITS_BUFFERS = 6  # ... and how many such buffers live at the peak: logits and log-probabilities of two models, their products
+
+
+@dataclass(frozen=True)
+class Window:
+    """At most `max_length` consecutive token ids of one document, which is numbered from 0."""
+
+    document: int
+    ids: Sequence[int]
+
+
+def cut_windows(documents: Sequence[Sequence[int]], max_length: int) -> list[Window]:
+    """Windows of all documents, longest first so that a batch holds little padding."""
+    assert max_length > 1, "a window needs a token of context and a token to score"
+    step = max_length - 1
+    windows = [Window(n, ids[start : start + max_length]) for n, ids in enumerate(documents) for start in range(0, len(ids) - 1, step)]
+    return sorted(windows, key=lambda window: -len(window.ids))
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
+    for first in range(0, len(windows), batch_size):
+        yield windows[first : first + batch_size]
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose float32 logits fill LOGITS_BYTES."""
+    return max(1, LOGITS_BYTES // (4 * vocab_size))

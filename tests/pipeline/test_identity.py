@@ -1,0 +1,104 @@
+"""Keys: goldens that may only change on purpose, and what must and must not be in them."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from pipeline import identity
+from pipeline.artifact import DenseCheckpoint
+from pipeline.identity import DigestMemo, canonical, data_key, folder_key, hub_key, non_default, stage_key
+from pipeline.stage import Context, Stage
+
+
+class Scale(Stage):
+    name, version, libraries = "scale", 1, ("torch",)
+
+    class Params(Stage.Params):
+        factor: float = 2.0
+        mode: Literal["a", "b"] = "a"
+        layers: tuple[int, ...] = ()
+
+    class Execution(Stage.Execution):
+        batch_size: int = 8
+
+    def run(self, ctx: Context, model: DenseCheckpoint) -> DenseCheckpoint:  # type: ignore[override]
+        raise AssertionError
+
+    infer = memory = lambda self, **specs: None  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def fixed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "library_version", lambda name: "2.13")
+
+
+def test_golden_keys() -> None:
+    """A change here means that every user's store is recomputed: raise IDENTITY_SCHEMA and say so in the changelog."""
+    assert canonical({"b": [1, 2.0, None, True], "a": "\u00e9"}) == '{"a":"\\u00e9","b":[1,2.0,null,true]}'
+    assert hub_key("org/model", "abc") == "346ae8126d0846e6f8f747612a3a8afc84a7a08cb530d6e7747561974ba1b9fb"
+    assert data_key("text", "00") == "cbbc260f485d04c2eb8abc430c43b746302b3eb6811c07152380eb59db1e192e"
+    assert folder_key({"config.json": "00"}) == "5a20b4e01d7f0506a95ceb635998ac0aa4dc612b15347641287294f86d6ccb41"
+    assert stage_key(Scale(), {"model": "11"}) == "03945231d6157f0265776fbfc5df92834769a97112d2c01d5e36c4366a8a39f7"
+
+
+def test_execution_is_never_in_a_key() -> None:
+    assert stage_key(Scale.from_dict({}, {"batch_size": 1}), {"model": "11"}) == stage_key(Scale(), {"model": "11"})
+
+
+def test_a_written_default_is_no_change_but_another_value_is() -> None:
+    assert stage_key(Scale.from_dict({"factor": 2}), {"model": "11"}) == stage_key(Scale(), {"model": "11"})
+    assert stage_key(Scale.from_dict({"factor": 3}), {"model": "11"}) != stage_key(Scale(), {"model": "11"})
+    assert stage_key(Scale(), {"model": "12"}) != stage_key(Scale(), {"model": "11"})
+    assert non_default(Scale.from_dict({"layers": [1], "mode": "b"}).params) == {"layers": [1], "mode": "b"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {1: 2}, {"a": object()}, b"bytes", {"set": {1}}])
+def test_values_without_a_canonical_form_are_an_error_that_names_the_field(value: object) -> None:
+    with pytest.raises(TypeError, match=r"^params.* has no canonical form"):
+        canonical(value, "params")
+
+
+def test_true_one_and_one_point_zero_differ() -> None:
+    assert len({canonical(True), canonical(1), canonical(1.0), canonical("1")}) == 4
+
+
+def test_the_memo_forgets_a_changed_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    memo = DigestMemo(tmp_path / "memo.json")
+    first = memo.compute(file)
+    memo.save()
+    again = DigestMemo(tmp_path / "memo.json")
+    assert again.known(file) == first
+    file.write_bytes(b"three")
+    assert again.known(file) is None
+    assert again.compute(file) != first
+
+
+def test_a_damaged_memo_is_only_a_memo(tmp_path: Path) -> None:
+    (tmp_path / "memo.json").write_text("{")
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    assert len(DigestMemo(tmp_path / "memo.json").compute(file)) == 64
+
+
+def test_the_fingerprint_sees_code_and_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for source in ("x = 1\n", "# why\nx  =  1\n", "x = 2\n"):
+        (tmp_path / "fingerprinted.py").write_text(source)
+        identity.fingerprint.cache_clear()
+        digests.append(identity.fingerprint("fingerprinted"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_fingerprint_follows_what_a_stage_imports() -> None:
+    """Editing the shared runtime changes the fingerprint of the stages that use it."""
+    source = identity.importlib.util.find_spec("stages.rtn").origin
+    assert "from stages." in Path(source).read_text()
+    alone = identity.hashlib.sha256(
+        canonical([("stages.rtn", identity.ast.unparse(identity.ast.parse(Path(source).read_text())))]).encode()
+    )
+    assert identity.fingerprint("stages.rtn") != alone.hexdigest()[:16]

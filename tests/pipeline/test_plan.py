@@ -1,0 +1,206 @@
+"""Plans from shapes: specs carried along, problems collected, hits and misses with their reasons."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifact import FileRecord, Manifest
+from pipeline.errors import RecipeError
+from pipeline.identity import backend_versions
+from pipeline.plan import Plan, PlannedNode, make_plan
+from pipeline.recipe import read_config
+from pipeline.spec import ModelSpec
+from pipeline.store import Store, digests_read
+from tests.stages.models import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(
+        tmp_path_factory.mktemp("model"), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=300,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "eval.txt").write_text("some text to evaluate on")
+    return {
+        "order": ["prune", "quantize", "evaluate"],
+        "stages": {
+            "prune": {"stage": "structured_prune", "mlp_ratio": 0.5},
+            "quantize": {"stage": "rtn", "group_size": 64},
+            "evaluate": {"stage": "evaluate"},
+        },
+        "model": {"path": str(model)},
+        "data": {"splits": {"eval": str(tmp_path / "eval.txt")}},
+        "target": {"name": "host"},
+    }
+
+
+def plan_of(config: dict[str, Any], root: Path, *, execute: bool = False) -> Plan:
+    return make_plan(read_config(config, "test")[0], Store(root), root, execute=execute)
+
+
+def publish(root: Path, node: PlannedNode, **changes: Any) -> None:
+    """What the executor would have published for a node, with a file that stands for the weights."""
+    store = Store(root)
+    scratch = store.scratch(node.key)
+    (scratch / "weights").write_bytes(b"12")
+    fields: dict[str, Any] = {
+        "type": next(iter(node.types.values())).__name__, "key": node.key, "stage": node.stage.name, "version": node.stage.version,
+        "params": node.stage.params.model_dump(mode="json"), "inputs": dict(node.input_keys),
+        "backend": backend_versions(node.stage.libraries), "files": {"weights": FileRecord(nbytes=2, sha256="00")},
+        "environment": {}, "execution": {}, "fingerprint": "", "seconds": 1.0, "peak_rss": 1, "created": "now",
+    }  # fmt: skip
+    store.publish(scratch, Manifest(**(fields | changes)))
+
+
+def test_specs_are_carried_from_outputs_to_inputs(config: dict[str, Any], tmp_path: Path) -> None:
+    plan = plan_of(config, tmp_path / "outputs")
+    nodes = {node.name: node for node in plan.nodes}
+    assert list(nodes) == ["evaluate@source", "prune", "quantize", "evaluate"]
+    pruned, packed = nodes["prune"].expected["model"], nodes["quantize"].expected["model"]
+    assert isinstance(pruned, ModelSpec) and isinstance(packed, ModelSpec)
+    assert pruned.architecture.intermediate_size == packed.architecture.intermediate_size == 256
+    assert packed.nbytes < pruned.nbytes < plan.source.model_spec.nbytes
+    assert {node.status for node in plan.nodes} == {"miss"}
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_equal_recipes_have_equal_keys_and_a_parameter_changes_only_what_follows(config: dict[str, Any], tmp_path: Path) -> None:
+    first = {node.name: node.key for node in plan_of(config, tmp_path / "a").nodes}
+    assert first == {node.name: node.key for node in plan_of(config, tmp_path / "b").nodes}
+    config["stages"]["quantize"]["num_bits"] = 3
+    second = {node.name: node.key for node in plan_of(config, tmp_path / "a").nodes}
+    assert [name for name in first if first[name] != second[name]] == ["quantize", "evaluate"]
+
+
+def test_the_folder_that_holds_a_model_is_not_its_identity(config: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    first = plan_of(config, tmp_path / "outputs").source.key
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for file in model.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    config["model"]["path"] = str(moved)
+    assert plan_of(config, tmp_path / "outputs").source.key == first
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    assert plan_of(config, tmp_path / "outputs").source.key != first
+
+
+def test_a_miss_names_the_field_that_changed(config: dict[str, Any], tmp_path: Path) -> None:
+    for node in plan_of(config, tmp_path).nodes:
+        publish(tmp_path, node)
+    assert {node.status for node in plan_of(config, tmp_path).nodes} == {"hit"}
+    config["stages"]["quantize"]["group_size"] = 32
+    told = {node.name: (node.status, node.reason) for node in plan_of(config, tmp_path).nodes}
+    assert told == {
+        "evaluate@source": ("hit", ""),
+        "prune": ("hit", ""),
+        "quantize": ("miss", "params.group_size: 64 -> 32"),
+        "evaluate": ("miss", "follows quantize"),
+    }
+
+
+def test_a_miss_names_a_changed_library_and_version(config: dict[str, Any], tmp_path: Path) -> None:
+    config["order"] = ["prune"]
+    node = plan_of(config, tmp_path).nodes[0]
+    old = dict(backend_versions(node.stage.libraries)) | {"torch": "1.0"}
+    publish(tmp_path, node, key="0" * 64, backend=old, version=0)
+    now = backend_versions(["torch"])["torch"]
+    assert plan_of(config, tmp_path).nodes[0].reason == f"torch: 1.0 -> {now}, version: 0 -> 1"
+
+
+def test_a_damaged_artifact_is_not_a_hit(config: dict[str, Any], tmp_path: Path) -> None:
+    config["order"] = ["prune"]
+    node = plan_of(config, tmp_path).nodes[0]
+    publish(tmp_path, node)
+    (Store(tmp_path).path("structured_prune", node.key) / "weights").unlink()
+    planned = plan_of(config, tmp_path).nodes[0]
+    assert (planned.status, planned.reason) == ("miss", "its files are damaged")
+
+
+def test_a_report_holds_only_for_the_bytes_it_was_computed_from(config: dict[str, Any], tmp_path: Path) -> None:
+    """A rebuilt checkpoint has its old key and may have other bytes, as results of GPUs do."""
+    manifests = {}
+    for node in plan_of(config, tmp_path).nodes:
+        read = digests_read(node.input_keys, {port: manifests.get(ref.node) for port, ref in node.inputs.items()})
+        publish(tmp_path, node, read=read if "report" in node.types else {})
+        manifests[node.name] = Store(tmp_path).find(node.stage.name, node.key)
+    nodes = {node.name: node for node in plan_of(config, tmp_path).nodes}
+    assert {node.status for node in nodes.values()} == {"hit"}
+
+    packed = Store(tmp_path).path("rtn", nodes["quantize"].key)
+    shutil.rmtree(packed)
+    reasons = {node.name: node.reason for node in plan_of(config, tmp_path).nodes}
+    assert reasons["evaluate"] == "follows quantize"
+
+    publish(tmp_path, nodes["quantize"], files={"weights": FileRecord(nbytes=2, sha256="11")})
+    reasons = {node.name: node.reason for node in plan_of(config, tmp_path).nodes}
+    assert reasons["quantize"] == "" and reasons["evaluate"] == "what it measured was rebuilt and differs"
+
+
+def test_an_architecture_alone_is_planned_but_not_run(config: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    config["model"] = {"architecture": json.loads((model / "config.json").read_text())}
+    plan = plan_of(config, tmp_path)
+    assert {node.status for node in plan.nodes} == {"pending"}
+    with pytest.raises(RecipeError, match=r"model: it is an architecture without weights"):
+        plan_of(config, tmp_path, execute=True)
+
+
+def test_a_large_model_s_digest_is_pending_until_it_is_computed_once(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.source.HASH_AT_ONCE", 0)
+    assert {node.status for node in plan_of(config, tmp_path).nodes} == {"pending"}
+    assert all(node.key for node in plan_of(config, tmp_path, execute=True).nodes)
+    assert {node.status for node in plan_of(config, tmp_path).nodes} == {"miss"}
+
+
+def test_problems_of_every_kind_are_told_together(config: dict[str, Any], tmp_path: Path) -> None:
+    config["stages"]["prune"]["mlp_ratio"] = 0.01
+    config["data"]["splits"]["eval"] = str(tmp_path / "absent.txt")
+    config["order"].append("evaluat")
+    with pytest.raises(RecipeError) as caught:
+        plan_of(config, tmp_path)
+    told = caught.value.problems
+    assert told[0] == "order: 'evaluat' is not under `stages`; did you mean 'evaluate'?"
+    assert told[1].startswith("data.splits.eval: ") and told[1].endswith("does not exist")
+    assert told[2].startswith("stages.prune.mlp_ratio: 0.01 of 512 MLP neurons rounds to nothing")
+
+
+def test_a_group_size_that_pruning_breaks_is_found_before_any_weight_is_read(config: dict[str, Any], tmp_path: Path) -> None:
+    config["stages"]["quantize"]["group_size"] = 96
+    with pytest.raises(RecipeError, match=r"stages.quantize.*96 does not divide: .*down_proj has 256 columns"):
+        plan_of(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("eval.txt", b"", "holds no document"),
+        ("eval.txt", b"\xff\xfe", "is not UTF-8 text"),
+        ("eval.jsonl", b"{}\n", 'line 1 is not a JSON object with a "text"'),
+        ("eval.csv", b"a,b", "is not a .jsonl or .txt file"),
+    ],
+)
+def test_a_data_file_that_cannot_be_read_is_named(config: dict[str, Any], tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    config["data"]["splits"]["eval"] = str(tmp_path / name)
+    with pytest.raises(RecipeError, match=message):
+        plan_of(config, tmp_path)
+
+
+def test_a_checkpoint_that_is_not_what_its_config_says_is_named(config: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    text = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(text | {"intermediate_size": 256}))
+    config["model"]["path"] = str(broken)
+    with pytest.raises(RecipeError, match=r"model: .* does not hold the model its config.json describes: .*gate_proj"):
+        plan_of(config, tmp_path)

@@ -1,0 +1,158 @@
+"""What a run says about itself: report.json for scripts, the table for people."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.errors import Interrupted, StageFailed
+from pipeline.plan import Plan
+from pipeline.report import Report, RunRecord, build_report
+from pipeline.report_table import closing_lines, format_seconds, markdown, print_report, rows
+from tests.pipeline.rehearsal import plan_of, rehearse, small_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+def run(plan: Plan, outputs: Path, error: BaseException | None = None, **events: Any) -> Report:
+    record = RunRecord(outputs / "runs" / "rehearsed" / plan.digest[:12])
+    rehearse(plan, outputs, [record], **events)
+    return build_report(plan, record, error)
+
+
+def printed(report: Report, mlflow: str = "") -> str:
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=80), mlflow)
+    return out.getvalue()
+
+
+def test_a_complete_run_is_told_stage_by_stage(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    report = run(plan, tmp_path)
+    assert report.verdict == "complete"
+    assert [(s.name, s.status) for s in report.stages] == [(n, "ran") for n in ("evaluate@source", "prune", "quantize", "evaluate")]
+    quantize = report.stages[2]
+    assert quantize.bytes == quantize.planned_bytes == report.metrics["nbytes"]
+    assert report.metrics["compression_ratio"] == pytest.approx(report.source["nbytes"] / report.metrics["nbytes"], rel=1e-3)
+    assert (report.metrics["perplexity"], report.metrics["reference_perplexity"]) == (8.0, 5.0)
+    assert report.source["perplexity"] == 5.0
+    assert (report.metrics["stages_ran"], report.metrics["stages_hit"]) == (4, 0)
+    assert report.final is not None
+    assert (report.final.node, report.final.type, report.final.num_bits) == ("quantize", "QuantizedCheckpoint", 4)
+    assert report.final.path.endswith(f"{plan.digest[:12]}/model")
+
+
+def test_the_file_is_the_report(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path), tmp_path)
+    report.write(tmp_path)
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "report.json").read_text())["schema_version"] == 1
+
+
+def test_a_second_run_is_all_hits_with_the_first_ones_seconds(model: Path, tmp_path: Path) -> None:
+    run(plan_of(model, tmp_path), tmp_path)
+    report = run(plan_of(model, tmp_path), tmp_path)
+    assert {(stage.status, stage.seconds) for stage in report.stages} == {("hit", 12.5)}
+    assert rows(report)[1][1:3] == ("hit", "(12 s)")
+    assert "a time in brackets" in printed(report)
+
+
+def test_a_failure_keeps_what_was_reached(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    report = run(plan, tmp_path, StageFailed("quantize", "out of memory"), fail="quantize")
+    assert [stage.status for stage in report.stages] == ["ran", "ran", "failed", "not reached"]
+    failed = report.stages[2]
+    assert failed.log == "/logs/quantize/log.txt"
+    assert "out of memory: 9 GB needed, 8 GB there" in failed.notes
+    assert (report.verdict, report.final, report.error) == ("failed", None, "quantize: out of memory")
+    assert "perplexity" not in report.metrics
+
+
+def test_an_interrupted_stage_is_not_called_failed(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path), tmp_path, Interrupted("stopped"), stop="prune")
+    assert [stage.status for stage in report.stages] == ["ran", "interrupted", "not reached", "not reached"]
+    assert report.verdict == "interrupted"
+
+
+def test_a_run_that_never_started_reports_too(model: Path, tmp_path: Path) -> None:
+    report = build_report(plan_of(model, tmp_path), RunRecord(tmp_path), StageFailed("prune", "no"))
+    assert {stage.status for stage in report.stages} == {"not reached"}
+    assert "source model" in printed(report)
+
+
+def test_the_table_reads_at_80_columns_and_in_a_pipe(model: Path, tmp_path: Path) -> None:
+    text = printed(run(plan_of(model, tmp_path), tmp_path), "mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db")
+    table = [line for line in text.splitlines()[1:7] if line]
+    assert max(map(len, table)) <= 80
+    assert table[0].split() == ["stage", "time", "size", "bits/w", "perplexity", "vs", "source", "KL"]
+    assert table[1].split()[:3] == ["source", "model", "ran"]
+    assert table[-1].split() == ["evaluate", "ran", "12", "s", "8", "+60.0", "%", "0.3"]
+    assert "\x1b" not in text
+    assert text.isascii()
+
+
+def test_lines_for_copying_are_never_broken(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path), tmp_path)
+    assert report.final is not None
+    lines = printed(report, "mlflow ui").splitlines()
+    assert (
+        f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{report.final.path}")'
+        in lines
+    )
+    assert f"serve    vllm serve {report.final.path}" in lines
+    assert lines[-1] == "mlflow   mlflow ui"
+
+
+@pytest.mark.parametrize(("num_bits", "served"), [(4, True), (8, True), (3, False)])
+def test_vllm_is_named_only_for_widths_it_has(model: Path, tmp_path: Path, num_bits: int, served: bool) -> None:
+    lines = closing_lines(run(plan_of(model, tmp_path, num_bits=num_bits), tmp_path), "")
+    assert any(line.startswith("serve") for line in lines) == served
+
+
+def test_an_inserted_conversion_is_explained(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path, order=["quantize", "prune", "evaluate"]), tmp_path)
+    assert "dequantize" in [row[0] for row in rows(report)]
+    assert "prune needs dense weights and quantize.model is quantized" in printed(report)
+    assert report.final is not None
+    assert report.final.num_bits is None
+
+
+def test_a_row_says_which_model_was_measured_where_it_is_not_the_one_above(model: Path, tmp_path: Path) -> None:
+    probe = {"probe": {"stage": "evaluate", "inputs": {"model": "prune"}}}
+    stages = {"prune": {"stage": "structured_prune", "mlp_ratio": 0.5}, "quantize": {"stage": "rtn", "group_size": 64}, **probe}
+    report = run(plan_of(model, tmp_path, order=["prune", "quantize", "probe"], stages=stages), tmp_path)
+    assert "probe (of prune)" in [row[0] for row in rows(report)]
+    assert "perplexity" not in report.metrics  # the final model was not measured
+
+
+def test_an_order_that_only_evaluates_ends_with_the_source_model(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path, order=["evaluate"]), tmp_path)
+    assert report.final is not None
+    assert (report.final.node, report.final.path, report.metrics["compression_ratio"]) == ("model", str(model), 1.0)
+
+
+def test_markdown_has_the_same_cells(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path), tmp_path)
+    body = markdown(report).splitlines()[4:]
+    assert [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in body] == rows(report)
+
+
+def test_warnings_and_notes_of_events_are_kept(model: Path, tmp_path: Path) -> None:
+    plan, record = plan_of(model, tmp_path), RunRecord(tmp_path)
+    record({"event": "warning", "time": 0.0, "text": "the disk is nearly full"})
+    rehearse(plan, tmp_path, [record])
+    record({"event": "note", "time": 0.0, "node": "prune", "text": "kept 3 of 4 heads"})
+    text = printed(build_report(plan, record))
+    assert "warning  the disk is nearly full" in text
+    assert "note     prune: kept 3 of 4 heads" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (31, "31 s"), (150, "2 min"), (12_600, "3.5 h")])
+def test_seconds_read_well(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -1,0 +1,290 @@
+"""MLflow through spools: recorded once, beside the run, and never at its cost. The recorder and the database are real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline import recorder
+from pipeline.destination import Destination, legal, parameter
+from pipeline.plan import Plan
+from pipeline.recipe import TrackingSettings
+from pipeline.report import Report, RunRecord, build_report
+from pipeline.spool import FOLDER, Recorded, Spool, follow, is_live, spools
+from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, is_recorded, short_name, view_command
+from tests.pipeline.rehearsal import plan_of, rehearse, small_model
+
+LONG = 120.0  # seconds for a recorder on a loaded machine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in RECORDER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+class Unrecorded(Tracker):
+    """A tracker whose recorder dies at once, so that its spool stays."""
+
+    def _launch(self, run_dirs: list[Path]) -> "subprocess.Popen[bytes]":
+        self.log.write_text("killed\n")
+        return subprocess.Popen(["true"])
+
+
+def folder_of(plan: Plan, outputs: Path) -> Path:
+    folder = outputs / "runs" / "rehearsed" / plan.digest[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run(plan: Plan, outputs: Path, kind: type[Tracker] = Tracker, uri: str | None = None, error: BaseException | None = None,
+        **events: Any) -> tuple[Tracker, str, Report]:  # fmt: skip
+    folder = folder_of(plan, outputs)
+    record, tracker = RunRecord(folder), kind(plan, TrackingSettings(uri=uri), outputs, folder)
+    rehearse(plan, outputs, [record, tracker], **events)
+    report = build_report(plan, record, error)
+    report.write(folder)
+    return tracker, tracker.finish(report, patience=LONG), report
+
+
+def replay(outputs: Path, *folders: Path) -> MlflowClient:
+    """What a recorder does, in this process."""
+    uri = f"sqlite:///{outputs / 'mlflow.db'}"
+    recorder.main(["--uri", uri, "--experiment", "llmpress", "--artifacts", str(outputs / "mlartifacts"), *map(str, folders)])
+    return MlflowClient(tracking_uri=uri)
+
+
+def found(client: MlflowClient, experiment: str = "llmpress", condition: str = "") -> list[Run]:
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    return list(client.search_runs([experiment_id], condition, order_by=["attributes.start_time ASC"]))
+
+
+def pipelines(client: MlflowClient) -> list[Run]:
+    return found(client, condition="tags.`llmpress.kind` = 'pipeline'")
+
+
+def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    tracker, line, report = run(plan, tmp_path)
+    assert line == f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
+    assert tracker._recorder is not None
+    assert os.getsid(tracker._recorder.pid) != os.getsid(0) if tracker._recorder.poll() is None else True
+    assert spools(tracker.run_dir) == []
+    client = MlflowClient(tracking_uri=tracker.uri)
+    (pipeline,) = pipelines(client)
+    assert (pipeline.info.run_name, pipeline.info.status) == ("prune>rtn4>evaluate", "FINISHED")
+    assert pipeline.data.metrics == pytest.approx(report.metrics)
+
+    started = time.monotonic()
+    tracker, line, _ = run(plan, tmp_path)
+    assert line.endswith("(already recorded)")
+    assert tracker._recorder is None
+    assert time.monotonic() - started < 1
+
+    client.delete_run(pipeline.info.run_id)
+    assert not is_recorded(tracker.run_dir, tracker.uri, Recorded.read(tracker.run_dir).state)  # type: ignore[union-attr]
+
+
+def test_the_main_process_never_imports_mlflow() -> None:
+    code = (
+        "import sys, pipeline.tracking, pipeline.report_table; sys.exit(any(m in sys.modules for m in ('mlflow', 'torch', 'sqlalchemy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_four_runs_at_once_share_a_new_database(model: Path, tmp_path: Path) -> None:
+    folders = []
+    for num_bits in (2, 3, 4, 8):
+        plan = plan_of(model, tmp_path, num_bits=num_bits)
+        run(plan, tmp_path, Unrecorded)
+        folders.append(folder_of(plan, tmp_path))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    command = [sys.executable, "-m", "pipeline.recorder", "--uri", uri, "--experiment", "llmpress"]
+    command += ["--artifacts", str(tmp_path / "mlartifacts")]
+    recorders = [subprocess.Popen([*command, str(folder)], stderr=subprocess.PIPE) for folder in folders]
+    for process in recorders:
+        _, errors = process.communicate(timeout=LONG)
+        assert process.returncode == 0, errors.decode()
+    names = [run.info.run_name for run in pipelines(MlflowClient(tracking_uri=uri))]
+    assert sorted(names) == [f"prune>rtn{num_bits}>evaluate" for num_bits in (2, 3, 4, 8)]
+
+
+def test_a_tracker_that_is_down_costs_a_sentence_and_the_next_run_replays(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    tracker, line, report = run(plan, tmp_path, uri=f"sqlite:///{tmp_path}/absent/folder/mlflow.db")
+    assert line.startswith("not recorded: ")
+    assert "the run itself is not affected, and the next one tries again" in line
+    assert "\n" not in line
+    assert (report.verdict, len(spools(tracker.run_dir))) == ("complete", 1)
+
+    other = Tracker(plan_of(model, tmp_path, num_bits=3), TrackingSettings(), tmp_path, tmp_path / "runs" / "other" / "0")
+    assert other._forgotten() == [tracker.run_dir]
+    assert [run.info.run_name for run in pipelines(replay(tmp_path, *other._forgotten()))] == ["prune>rtn4>evaluate"]
+    assert spools(tracker.run_dir) == []
+
+
+def test_a_killed_run_is_recorded_as_killed_by_the_recorder_it_left_behind(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path.cwd())!r})
+from pipeline.recipe import TrackingSettings
+from pipeline.tracking import Tracker
+from tests.pipeline.rehearsal import plan_of, rehearse
+outputs = Path({str(tmp_path)!r})
+plan = plan_of(Path({str(model)!r}), outputs)
+tracker = Tracker(plan, TrackingSettings(), outputs, Path({str(folder)!r}))
+rehearse(plan, outputs, [tracker], stop="quantize")
+print(tracker._recorder.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    deadline = time.monotonic() + LONG
+    while spools(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert spools(folder) == []
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (pipeline,) = pipelines(client)
+    assert (pipeline.info.status, pipeline.data.tags["llmpress.verdict"]) == ("KILLED", "interrupted")
+    assert [run.info.status for run in found(client, "llmpress-stages")] == ["FINISHED", "FINISHED", "KILLED"]
+    assert Recorded.read(folder) is None  # so the next run is recorded whatever it finds
+
+
+def test_running_again_updates_the_pipeline_and_hits_point_to_the_execution(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    run(plan, tmp_path, Unrecorded, error=RuntimeError("out of memory"), fail="quantize")
+    client = replay(tmp_path, folder)
+    (pipeline,) = pipelines(client)
+    assert pipeline.info.status == "FAILED"
+    (failed,) = found(client, condition="tags.`llmpress.status` = 'failed'")
+    assert failed.data.tags["llmpress.reason"].startswith("out of memory")
+
+    run(plan, tmp_path, Unrecorded)
+    (again,) = pipelines(replay(tmp_path, folder))
+    assert (again.info.run_id, again.info.status) == (pipeline.info.run_id, "FINISHED")
+    assert (again.data.metrics["stages_hit"], again.data.metrics["stages_ran"]) == (2, 2)
+    children = found(client, condition=f"tags.`mlflow.parentRunId` = '{pipeline.info.run_id}'")
+    told = {child.info.run_name: child.data.tags["llmpress.status"] for child in children}
+    assert told == {"1 evaluate (source model)": "hit", "2 prune": "hit", "3 quantize": "ran", "4 evaluate": "ran"}
+    for child in children:
+        execution = client.get_run(child.data.tags["stage_run_id"])
+        assert execution.data.tags["llmpress.key"] == child.data.tags["llmpress.key"]
+        assert execution.info.status == "FINISHED"
+    assert len(found(client, "llmpress-stages")) == 5  # four finished, one failed
+
+
+def test_an_execution_holds_curves_and_planned_beside_measured(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    run(plan, tmp_path, Unrecorded)
+    client = replay(tmp_path, folder_of(plan, tmp_path))
+    (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4'")
+    curve = client.get_metric_history(execution.info.run_id, "loss")
+    assert [(point.step, point.value) for point in curve] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
+    metrics = execution.data.metrics
+    assert metrics["planned_nbytes"] == metrics["nbytes"]
+    assert {"planned_peak_ram", "measured_peak_ram", "bits_per_weight", "kv_bytes_per_token"} <= set(metrics)
+    assert (execution.data.params["num_bits"], execution.data.params["group_size"]) == ("4", "64")
+    assert execution.info.end_time - execution.info.start_time == 12_500
+
+
+def test_a_pipeline_holds_params_and_documents_but_no_weights(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    (folder / "recipe.yaml").write_text("order: [prune]\n")
+    run(plan, tmp_path, Unrecorded)
+    client = replay(tmp_path, folder)
+    (pipeline,) = pipelines(client)
+    params = pipeline.data.params
+    assert (params["order"], params["prune.mlp_ratio"], params["quantize.stage"]) == ("prune > quantize > evaluate", "0.5", "rtn")
+    documents = {file.path for file in client.list_artifacts(pipeline.info.run_id)}
+    assert documents == {"recipe.yaml", "report.json", "environment.json"}
+    (child,) = found(client, condition="attributes.run_name = '3 quantize'")
+    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["artifact.json"]
+    assert "compression_ratio" in pipeline.data.metrics
+    assert "| prune |" in pipeline.data.tags["mlflow.note.content"]
+
+
+def test_a_replay_that_was_cut_short_doubles_nothing(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    run(plan, tmp_path, Unrecorded)
+    (spool,) = spools(folder)
+    content = spool.read_bytes()
+    replay(tmp_path, folder)
+    spool.write_bytes(content)  # as if the recorder had died before it deleted the spool
+    client = replay(tmp_path, folder)
+    assert (len(pipelines(client)), len(found(client)), len(found(client, "llmpress-stages"))) == (1, 5, 4)
+    (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4'")
+    assert len(client.get_metric_history(execution.info.run_id, "loss")) == 3
+
+
+def test_a_sweep_is_the_parent_of_its_pipelines(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Destination(f"sqlite:///{tmp_path / 'mlflow.db'}", "llmpress", tmp_path / "mlartifacts")
+    parent = sweep.run(sweep.pipelines, {"llmpress.kind": "sweep"}, "sweep", time.time())
+    monkeypatch.setenv("LLMPRESS_PARENT_RUN", parent)
+    plan = plan_of(model, tmp_path)
+    run(plan, tmp_path, Unrecorded)
+    (pipeline,) = pipelines(replay(tmp_path, folder_of(plan, tmp_path)))
+    assert pipeline.data.tags["mlflow.parentRunId"] == parent
+
+
+def test_batches_are_of_what_mlflow_takes(tmp_path: Path) -> None:
+    destination = Destination(f"sqlite:///{tmp_path / 'mlflow.db'}", "llmpress", tmp_path / "mlartifacts")
+    run_id = destination.run(destination.stages, {"k": "v"}, "many", time.time())
+    destination.log_params(run_id, {f"p{i}": i for i in range(250)})
+    destination.log_metrics(run_id, {f"m{i}": float(i) for i in range(1100)}, time.time())
+    data = destination.client.get_run(run_id).data
+    assert (len(data.params), len(data.metrics)) == (250, 1100)
+
+
+def test_what_mlflow_would_refuse_is_put_into_its_form() -> None:
+    assert legal("acc,none@2") == "acc_none_2"
+    assert parameter([1, 2]) == "[1, 2]"
+    assert parameter("x" * 6001) == "(6001 characters: see the recipe among the artifacts)"
+
+
+def test_conversions_are_in_the_short_name(model: Path, tmp_path: Path) -> None:
+    assert short_name(plan_of(model, tmp_path, order=["quantize", "prune", "evaluate"])) == "rtn4>dequantize>prune>evaluate"
+
+
+def test_the_view_is_as_short_as_the_working_folder_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert view_command(None, tmp_path / "outputs") == "mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db"
+    assert view_command("http://tracking:5000", tmp_path) == "http://tracking:5000"
+
+
+def test_a_spool_is_live_while_its_writer_is_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, {"event": "pipeline"})
+    assert is_live(spool.path)
+    spool.append({"event": "curve"})
+    spool._stream.write('{"event": "cu')
+    spool.close()
+    assert not is_live(spool.path)
+    assert [event["event"] for batch in follow(spool.path) for event in batch] == ["pipeline", "curve"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    (folder / FOLDER).write_text("a file in the way")
+    _, line, report = run(plan, tmp_path)
+    assert line.startswith("not recorded: events cannot be spooled")
+    assert report.verdict == "complete"
+    assert json.loads((folder / "report.json").read_text())["verdict"] == "complete"

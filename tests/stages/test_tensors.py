@@ -1,0 +1,118 @@
+"""What is written is what any safetensors reader reads, byte for byte; what is cut short is refused with a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.headers import CheckpointFileError, tensor_table
+from stages.runtime.tensors import HEADER_ROOM, CheckpointWriter, TensorReader, copy_companions
+
+TENSORS = {
+    "a.weight": torch.randn(7, 5, dtype=torch.bfloat16),
+    "a.packed": torch.randint(-(2**31), 2**31 - 1, (3, 4), dtype=torch.int32),
+    "a.shape": torch.tensor([3, 32]),
+    "b.norm": torch.randn(9),
+    "b.scalar": torch.tensor(2.5, dtype=torch.float16),
+    "b.none": torch.empty(0, 4),
+}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], **settings: int) -> Path:
+    with CheckpointWriter(folder, **settings) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    return folder
+
+
+def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
+    write(tmp_path, TENSORS)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == TENSORS.keys()
+    assert all(loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_small_shard_limit_gives_several_files_and_a_true_index(tmp_path: Path) -> None:
+    write(tmp_path, TENSORS, shard_bytes=80)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
+    assert {name: entry.file.name for name, entry in tensor_table(tmp_path).items()} == index["weight_map"]
+    reader = TensorReader(tmp_path)
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_header_that_outgrows_its_room_continues_in_another_shard(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i}.a_long_name_for_one_small_tensor.weight": torch.full((1,), float(i)) for i in range(1200)}
+    reader = TensorReader(write(tmp_path, tensors))
+    assert {entry.file.name for entry in reader.table.values()} == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_non_contiguous_tensors_are_written_in_logical_order(tmp_path: Path) -> None:
+    square = torch.arange(12.0).view(3, 4)
+    write(tmp_path, {"transposed": square.T, "strided": square[:, ::2]})
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(loaded["transposed"], square.T) and torch.equal(loaded["strided"], square[:, ::2])
+
+
+def test_rows_and_a_buffer_of_ones_own(tmp_path: Path) -> None:
+    weight = torch.randn(10, 3, dtype=torch.bfloat16)
+    save_file({"before": torch.ones(5), "w": weight}, tmp_path / "model.safetensors")
+    reader = TensorReader(tmp_path)
+    assert torch.equal(reader.read("w", rows=(4, 7)), weight[4:7])
+    assert torch.equal(reader.read("w", rows=(8, 99)), weight[8:])
+    buffer = torch.empty(10, 3, dtype=torch.bfloat16)
+    assert reader.read("w", out=buffer) is buffer and torch.equal(buffer, weight)
+
+
+def test_a_copy_is_exact_and_may_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.runtime.tensors.COPY_BYTES", 64)  # several buffers full, the last one in part
+    reader = TensorReader(write(tmp_path / "source", TENSORS | {"c.weight": torch.randn(41, 3)}))
+    with CheckpointWriter(tmp_path / "target") as writer:
+        for name in reader.table:
+            writer.copy(f"new.{name}", reader, name)
+    target = TensorReader(tmp_path / "target")
+    assert all(torch.equal(target.read(f"new.{name}"), reader.read(name)) for name in reader.table)
+
+
+def test_files_cut_short_are_refused_with_a_sentence(tmp_path: Path) -> None:
+    write(tmp_path, TENSORS)
+    file, reader = tmp_path / "model.safetensors", TensorReader(tmp_path)
+    with open(file, "r+b") as stream:
+        stream.truncate(HEADER_ROOM + 40)
+    with pytest.raises(CheckpointFileError, match=r"truncated within a\.weight; copy it again"):
+        reader.read("a.weight")
+    with pytest.raises(CheckpointFileError, match="truncated"):
+        TensorReader(tmp_path)
+    with pytest.raises(CheckpointFileError, match="has no tensor lm_head"):
+        reader.read("lm_head.weight")
+
+
+def test_an_interrupted_writer_leaves_no_checkpoint_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    write(tmp_path, TENSORS, shard_bytes=80)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path) as writer:
+        writer.add("a", torch.ones(3))
+        raise KeyboardInterrupt
+    assert [file.suffix for file in tmp_path.iterdir()] == [".partial"]
+    with pytest.raises(CheckpointFileError):
+        TensorReader(tmp_path)
+    write(tmp_path, {"b": torch.ones(2)})
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert list(TensorReader(tmp_path).table) == ["b"]
+
+
+def test_companions_are_the_tokenizer_and_the_given_config_only(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "generation_config.json", "chat_template.jinja"):
+        (source / name).write_text(name)
+    for name in ("config.json", "modeling_custom.py", "model.safetensors", "training_args.bin", "README.md"):
+        (source / name).write_text("must not be copied")
+    copy_companions(source, target, {"model_type": "llama"})
+    copied = {"tokenizer.json", "tokenizer.model", "merges.txt", "generation_config.json", "chat_template.jinja"}
+    assert {file.name for file in target.iterdir()} == copied | {"config.json"}
+    assert json.loads((target / "config.json").read_text()) == {"model_type": "llama"}
