@@ -16,6 +16,9 @@ from pipeline.tracking import SQLITE
 
 MAX_PARAMS, MAX_METRICS, MAX_TAGS, MAX_VALUE = 100, 1000, 100, 6000  # of one batch; characters of a parameter
 
+# Without a kind, MLflow's user interface opens an experiment in the clothes of its GenAI product: traces, judges, prompts.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
 
 class Destination:
     """An MLflow server or database and the two experiments there."""
@@ -24,14 +27,16 @@ class Destination:
         # MLflow's migration of a new sqlite file is not safe for two processes at once and leaves the file broken for good.
         database = uri.removeprefix(SQLITE) if uri.startswith(SQLITE) else ""
         with FileLock(f"{database}.lock") if database else nullcontext():
-            self.uri, self.client = uri, MlflowClient(tracking_uri=uri)
+            self.client = MlflowClient(tracking_uri=uri)
             self.pipelines = self._experiment(experiment, artifacts)
             self.stages = self._experiment(f"{experiment}-stages", artifacts)
 
     def _experiment(self, name: str, artifacts: Path | None) -> str:
         found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
         location = (artifacts / name).as_uri() if artifacts else None
-        return str(found.experiment_id if found else self.client.create_experiment(name, artifact_location=location))
+        return str(self.client.create_experiment(name, location, EXPERIMENT_TAGS))
 
     def find(self, experiment: str, identity: Mapping[str, str], extra: str = "") -> Any | None:
         """The newest run that has these tags, as mlflow.entities.Run."""

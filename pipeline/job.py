@@ -20,7 +20,7 @@ from pipeline.target import format_size
 from pipeline.worker import EXIT_CODES, RESPONSE, Failure, Request, Success, parse_peak_rss
 
 POLL = 0.1  # seconds between two looks at a worker's events and memory; its end is noticed at once
-TAIL_LINES = 15
+TAIL_LINES, TAIL_WIDTH = 15, 240
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -36,6 +36,7 @@ def run_job(server: ForkServer, request: Request, folder: Path, planned: int, em
     worker = server.run(folder)
     watch = _Watch(worker, folder, emit)
     try:
+        watch.look()
         while worker.wait(POLL) is None:
             watch.look()
     finally:
@@ -108,7 +109,7 @@ def _tail(log: Path) -> str:
             lines = stream.read().decode("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return "\n".join(lines[-TAIL_LINES:])
+    return "\n".join(line[:TAIL_WIDTH] for line in lines[-TAIL_LINES:])
 
 
 def out_of_memory_kills() -> int:

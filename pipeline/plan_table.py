@@ -5,13 +5,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.identity import non_default
 from pipeline.plan import Plan, PlannedNode
 from pipeline.spec import ModelSpec
-from pipeline.store import SHORT
 from pipeline.target import format_size
 
 PLAN_SCHEMA = 1
+STATUS = {"hit": "[green]hit[/green]", "miss": "to run", "pending": "pending"}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -61,13 +60,13 @@ def print_plan(plan: Plan, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name, justify in (("stage", "left"), ("makes", "left"), ("size", "right"), ("bits/w", "right"), ("KV/token", "right"),
                           ("peak RAM", "right"), ("", "left")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name in ("stage", ""), overflow="fold")  # type: ignore[arg-type]
     table.add_row("source model", type(plan.source).__name__.replace("Checkpoint", "").lower(), *_sizes(plan.source.model_spec), "", "")
     for node in plan.nodes:
         spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
         made = ", ".join(kind.__name__.replace("Checkpoint", "").replace("EvalReport", "report").lower() for kind in node.types.values())
         sizes = _sizes(spec) if spec else ("", "", "")
-        table.add_row(node.name, made, *sizes, format_size(node.memory.totals["ram"]), _status(node))
+        table.add_row(node.name, made, *sizes, format_size(node.memory.totals["ram"]), STATUS[node.status])
     console.print(f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n")
     console.print(table)
     lines = [f"  {node.name}: {note}" for node in plan.nodes for note in node.notes]
@@ -80,13 +79,3 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _sizes(spec: ModelSpec) -> tuple[str, str, str]:
     return format_size(spec.nbytes), f"{spec.bits_per_weight:.2f}", format_size(spec.kv_cache.bytes_per_token)
-
-
-def _status(node: PlannedNode) -> str:
-    styles = {"hit": f"[green]hit[/green] {node.key[:SHORT]}", "miss": "to run", "pending": "digest pending"}
-    return styles[node.status]
-
-
-def planned_params(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The non-default parameters of each node."""
-    return {node.name: non_default(node.stage.params) for node in plan.nodes}

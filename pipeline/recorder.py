@@ -120,7 +120,7 @@ class Attempt:
         self.to.log_metrics(self.pipeline, report["metrics"], self.last)
         self.to.log_tags(self.pipeline, {"mlflow.note.content": event["note"]})
         self._close(report["verdict"], report["seconds"])
-        recorded = Recorded(uri=self.to.uri, experiment_id=self.to.pipelines, run_id=self.pipeline, state=event["state"])
+        recorded = Recorded(experiment_id=self.to.pipelines, run_id=self.pipeline, state=event["state"])
         recorded.write(Path(self.header["run_dir"]))
         self.ended = True
 
@@ -196,13 +196,12 @@ def environment() -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the spools of run folders to MLflow.")
-    parser.add_argument("--uri", required=True)
+    parser = argparse.ArgumentParser(description="Write the spools of run folders to MLflow at $MLFLOW_TRACKING_URI.")
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--artifacts", type=Path, help="where artifacts go; the server's own choice without it")
     parser.add_argument("run_dirs", type=Path, nargs="+")
     options = parser.parse_args(arguments)
-    destination = Destination(options.uri, options.experiment, options.artifacts)
+    destination = Destination(os.environ["MLFLOW_TRACKING_URI"], options.experiment, options.artifacts)
     own, *others = options.run_dirs
     record(destination, own, wait=True)
     for run_dir in others:

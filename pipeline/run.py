@@ -40,10 +40,10 @@ def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: P
     export_to = Path(settings.export_to).expanduser() if settings.export_to else None
     if export_to:
         check_export(export_to)
-    plan = make_plan(recipe, store, resources, execute=True)
+    make_plan(recipe, store, resources, execute=False)  # finds what is wrong before a long digest or download, and before writing
+    check_writable(root)
     try:
-        check_writable(root)
-        return _execute(plan, settings, store, composed, export_to)
+        return _execute(make_plan(recipe, store, resources, execute=True), settings, store, composed, export_to)
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
 

@@ -25,7 +25,9 @@ def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute
     try:
         if model.path:
             folder = resolve_path(model.path, resources)
-            return _checkpoint(folder, _read_config(folder), _local_key(folder, memo, execute))
+            spec = ModelSpec.from_config(_read_config(folder))
+            _check_tensors(folder, spec)
+            return _typed(folder, spec, _local_key(folder, memo, execute))
         if model.architecture is not None and not execute:
             return _typed(Path(), ModelSpec.from_config(model.architecture), "")
         if model.id:
@@ -70,13 +72,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _checkpoint(folder: Path, config: dict[str, Any], key: str) -> Checkpoint:
-    spec = ModelSpec.from_config(config)
+def _check_tensors(folder: Path, spec: ModelSpec) -> None:
+    """CheckpointFileError unless the folder's files hold exactly the model that its config.json describes."""
     differences = spec.differences(tensor_table(folder))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointFileError(f"{folder} does not hold the model its config.json describes: {'; '.join(differences[:3])}{more}")
-    return _typed(folder, spec, key)
 
 
 def _typed(folder: Path, spec: ModelSpec, key: str) -> Checkpoint:
@@ -110,4 +111,6 @@ def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
             f"model.id: '{model.id}' at revision '{model.revision}' cannot be had from the hub ({reason}); check the name and your "
             "access, or give model.path=/folder"
         ) from None
-    return _checkpoint(folder, _read_config(folder), key)
+    spec = ModelSpec.from_config(_read_config(folder))
+    _check_tensors(folder, spec)
+    return _typed(folder, spec, key)

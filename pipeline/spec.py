@@ -229,16 +229,16 @@ class ModelSpec(Frozen):
     def with_format(self, form: WeightFormat, ignore: tuple[str, ...] = ()) -> "ModelSpec":
         """Every Linear layer not named in `ignore` (exact, or `re:` pattern matched from the start) stored as `form`.
 
-        ValueError names each layer whose input width the group size does not divide.
+        ValueError names each layer whose input width the group size does not divide, and a size that would.
         """
-        groups, problems = [], []
+        groups, misfits = [], []
         for group in self.groups:
             if group.kind != "linear":
                 groups.append(group)
                 continue
             left = tuple(n for n in group.module_names if not ignored(n, ignore))
             if left and form.group_size and group.shape[1] % form.group_size:
-                problems.append(f"{group.name.replace('{layer}', '*')} has {group.shape[1]} columns")
+                misfits.append(group)
             if len(left) == group.count:
                 groups.append(group.model_copy(update={"format": form}))
             elif not left:
@@ -248,8 +248,13 @@ class ModelSpec(Frozen):
                 rest = tuple(i for i in group.layers if i not in chosen)
                 groups.append(group.model_copy(update={"layers": chosen, "format": form}))
                 groups.append(group.model_copy(update={"layers": rest}))
-        if problems:
-            raise ValueError(f"group_size {form.group_size} does not divide: {'; '.join(problems)}")
+        if misfits:
+            named = ", ".join(f"{group.name.replace('{layer}', '*')} ({group.shape[1]})" for group in misfits)
+            common = math.gcd(*(group.shape[1] for group in self.linear_groups))
+            fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if common % size == 0)
+            raise ValueError(
+                f"group_size: {form.group_size} does not divide the columns of {named}; {fitting} divides those of every layer"
+            )
         return self.model_copy(update={"groups": tuple(groups)})
 
     def dense(self) -> "ModelSpec":

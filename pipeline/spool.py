@@ -24,9 +24,8 @@ POLL = 0.25  # seconds between looks at a spool that is still being written
 
 
 class Recorded(Frozen):
-    """What MLflow holds: the pipeline's run there and the `state` (a digest) of what was recorded."""
+    """What MLflow holds: the pipeline's run there and `state`, a digest of what was recorded and where."""
 
-    uri: str
     experiment_id: str
     run_id: str
     state: str

@@ -7,6 +7,7 @@ MLflow has this very pipeline already, nothing is started at all.
 """
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pipeline.spec import ModelSpec
 from pipeline.spool import FOLDER, Recorded, Spool, is_live, spools
 
 PARENT_VARIABLE = "LLMPRESS_PARENT_RUN"  # MLflow run id of the sweep that this pipeline belongs to
+REASON_WIDTH = 160  # characters of an error that are shown
 PATIENCE = 20.0  # seconds that a finished run waits for its recorder
 SQLITE = "sqlite:///"
 HEAVY_EVENTS = ("node_started", "node_finished", "node_failed", "curve")  # something ran, so there is something to record
@@ -81,7 +83,7 @@ class Tracker:
         if self._spool is not None:
             self._spool.close()
         if self._problem or self._spool is None or self._recorder is None:
-            return f"not recorded: {self._problem}; the run itself is not affected"
+            return f"not recorded: {self._problem}"
         deadline = time.monotonic() + patience
         while self._spool.path.exists() and self._recorder.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -89,8 +91,7 @@ class Tracker:
             return view
         if self._recorder.poll() is None:
             return f"{view}   (still writing, log {self.log})"
-        reason = last_line(self.log)
-        return f"not recorded: {reason}; the run itself is not affected, and the next one tries again (log {self.log})"
+        return f"not recorded, to be tried again by the next run: {last_words(self.log)} (log {self.log})"
 
     def _start(self) -> None:
         self._spool = Spool(self.run_dir, header(self.plan, self.run_dir, self.parent))
@@ -116,20 +117,22 @@ class Tracker:
     def _launch(self, run_dirs: list[Path]) -> "subprocess.Popen[bytes]":
         """A session of its own keeps the terminal's Ctrl-C away; -P keeps the working folder's modules out."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-P", "-m", "pipeline.recorder", "--uri", self.uri, "--experiment", self.settings.experiment]
+        command = [sys.executable, "-P", "-m", "pipeline.recorder", "--experiment", self.settings.experiment]
         if self.settings.uri is None:
             command += ["--artifacts", str((self.outputs / "mlartifacts").resolve())]
         with open(self.log, "wb") as log:
-            return _popen([*command, *map(str, run_dirs)], log)
+            return _popen([*command, *map(str, run_dirs)], self.uri, log)
 
     def _state(self, report: Report) -> str:
-        """Digest of what MLflow would hold of this run when every stage is a hit."""
+        """Digest of what MLflow would hold of this run when every stage is a hit, and of where."""
         keys = {stage.name: stage.key for stage in report.stages}
-        return digest("tracking", {"keys": keys, "digest": report.digest, "experiment": self.settings.experiment, "parent": self.parent})
+        place = {"uri": self.uri, "experiment": self.settings.experiment, "parent": self.parent}
+        return digest("tracking", {"digest": report.digest, "keys": keys, **place})
 
 
-def _popen(command: list[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    environment = {**RECORDER_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"}
+def _popen(command: list[str], uri: str, log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """The URI goes through the environment: it may hold a password, and command lines are public."""
+    environment = {**RECORDER_ENVIRONMENT, **os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
@@ -201,7 +204,7 @@ def measurements(manifest: Manifest) -> dict[str, float]:
 def is_recorded(run_dir: Path, uri: str, state: str) -> bool:
     """Whether MLflow holds this very run; a sqlite file is asked, a server is trusted."""
     recorded = Recorded.read(run_dir)
-    if recorded is None or (recorded.uri, recorded.state) != (uri, state):
+    if recorded is None or recorded.state != state:
         return False
     if not uri.startswith(SQLITE):
         return True
@@ -223,9 +226,17 @@ def view_command(uri: str | None, outputs: Path) -> str:
     if uri is None:
         here = Path.cwd()
         uri = SQLITE + str((outputs.relative_to(here) if outputs.is_relative_to(here) else outputs) / "mlflow.db")
+    uri = without_password(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "the recorder died without a word"
+def without_password(text: str) -> str:
+    """`https://user:secret@host` as `https://***@host`."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
+def last_words(log: Path) -> str:
+    """The end of a traceback, short enough for one line."""
+    lines = without_password(log.read_text(encoding="utf-8", errors="replace")).strip().splitlines()
+    reason = lines[-1].rpartition("Exception: ")[2] if lines else "no output"
+    return reason if len(reason) <= REASON_WIDTH else reason[:REASON_WIDTH] + "..."

@@ -97,8 +97,8 @@ class GPTQ(Stage):
                 f"{len(modifier.fallbacks)} layers were rounded to nearest because their Hessian could not be inverted: "
                 f"{', '.join(modifier.fallbacks[:5])}; raise dampening_frac or num_samples"
             )
-        losses, computed_on = token_losses(resident, windows[:1]), resident.get_output_embeddings().weight.device.type
+        losses = token_losses(resident, windows[:1])
         write_quantized(ctx, model, spec, quantization_config(form, ignore, params.actorder), calibrated_packer(resident, form))
         resident.to("meta")  # free its memory for the probe's copy; `del` would not: torch.fx's tracer keeps a reference
-        check_probe(losses, ctx.output, windows[:1], computed_on)
+        check_probe(losses, ctx.output, windows[:1])
         return QuantizedCheckpoint(path=ctx.output, spec=spec)

@@ -13,11 +13,9 @@ from stages.runtime.tensors import DTYPES, TensorReader
 CHUNK_BYTES = 64 << 20  # read at once when looking for nan and inf
 PROBLEMS_SHOWN = 5
 
-# Mean over tokens of |difference|, in nats. Reloaded weights are the same numbers, so on one device the losses are the same
-# floats. A model quantized on an accelerator and reloaded on the CPU rounds its bf16 activations differently: computing in
-# float32 instead of bf16 throughout moved a trained model's losses by 0.024.
-PROBE_TOLERANCE = 1e-4
-PROBE_TOLERANCE_ACROSS_DEVICES = 0.05
+# Mean over tokens of |difference|, in nats. Reloaded weights are the same numbers and both models compute on the CPU, so the
+# losses are the same floats; the margin is for kernels that are free to add in another order.
+PROBE_TOLERANCE = 1e-3
 
 
 def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
@@ -66,16 +64,15 @@ def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:
     return [f"{name}.weight_shape holds {list(has)}, expected {list(shape)}" for name, has, shape in found if has != shape]
 
 
-def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor, computed_on: str = "cpu") -> None:
+def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor) -> None:
     """Load the checkpoint as anyone would and compare its `token_losses` on `ids`, [windows, length], with those of the model
-    in memory before it was saved. Token by token, because errors of both signs leave a mean where it was.
+    in memory, on the CPU, before it was saved. Token by token, because errors of both signs leave a mean where it was.
 
     ValueError where they differ: what was saved is not what was made.
     """
-    tolerance = PROBE_TOLERANCE if computed_on == "cpu" else PROBE_TOLERANCE_ACROSS_DEVICES
     difference = (token_losses(load_model(folder), ids) - expected).abs().mean().item()
-    if not difference <= tolerance:  # also when it is nan
+    if not difference <= PROBE_TOLERANCE:  # also when it is nan
         raise ValueError(
             f"the saved checkpoint does not reload as the model that was made: its losses on a probe differ by {difference:.3g} nats "
-            f"per token, rounding explains {tolerance}; report this with the versions of torch and compressed-tensors"
+            f"per token, rounding explains {PROBE_TOLERANCE}; report this with the versions of torch and compressed-tensors"
         )

@@ -75,7 +75,7 @@ class LayerwiseModel:
 
         `masks` are attention masks [B, T] (1: attend), None where a batch has no padding. `on_layer(i, layer)` is called
         when layer i is loaded and may register hooks, whose handles it returns; `on_output(i, b, before, after)` sees
-        batch b's hidden states around layer i.
+        batch b's hidden states around layer i, and clones what it keeps.
         """
         masks = masks or [None] * len(batches)
         hidden = self.embed(batches)
@@ -91,7 +91,7 @@ class LayerwiseModel:
                 after = layer(hidden[b], **arguments[i])
                 if on_output:
                     on_output(i, b, hidden[b], after)
-                hidden[b] = after
+                hidden[b].copy_(after)  # in place: new ones among a layer's temporary tensors would fragment the heap, layer by layer
             for handle in handles:
                 handle.remove()
             layer.to("meta")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import remove_dispatch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from pipeline.artifact import Checkpoint
@@ -33,4 +34,6 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     if problems:
         listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(found[:3])}" for what, found in problems.items())
         raise ValueError(f"{folder} does not load as the model its config.json describes ({listed})")
+    if packed:
+        remove_dispatch(model)  # unpacking leaves weights in caches that `to` would copy into rather than move
     return model.to(device).eval()

@@ -9,6 +9,7 @@ import itertools
 from typing import Any
 
 import torch
+from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -33,7 +34,9 @@ class GPTQWithReport(GPTQModifier):  # type: ignore[misc]  # the library has no 
 
 
 def run_oneshot(model: Any, tokenizer: Any, modifier: Modifier, windows: torch.Tensor, batch_size: int, ctx: Context) -> None:
-    """Apply `modifier` to `model` in place, calibrated on `windows` [samples, length].
+    """Apply `modifier` to `model`, a resident one on the CPU, in place, calibrated on `windows` [samples, length].
+
+    The library moves one layer at a time to the accelerator, where there is one; afterwards the model is on the CPU again.
 
     Every decoder layer sees every batch twice: once to gather its statistics, once to hand its quantized output on.
     """
@@ -55,3 +58,4 @@ def run_oneshot(model: Any, tokenizer: Any, modifier: Modifier, windows: torch.T
     finally:
         for hook in hooks:
             hook.remove()
+    remove_dispatch(model)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import torch
 
@@ -56,31 +57,21 @@ class Pruner:
     neuron_scores: torch.Tensor | None = None
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     _gathered: list[torch.Tensor] = field(default_factory=list)  # two: one is being written while the other is filled
-    _writing: Future[None] | None = None
 
     def write(self, folder: Path, kept_layers: list[int], progress: Callable[[int, int], None]) -> None:
         """Write the weights of the pruned model. `progress` takes layers done and layers in all."""
         outside = [name for name in self.source.table if not name.startswith("model.layers.")]
         if self.old.tied:
             outside = [name for name in outside if name != "lm_head.weight"]  # some files carry the copy
-        with CheckpointWriter(folder) as writer, ThreadPoolExecutor(1) as thread:
-
-            def write(how: Callable[..., None], *args: Any) -> None:
-                """One write at a time, behind the caller; an error of the last one is raised here."""
-                if self._writing is not None:
-                    self._writing.result()
-                self._writing = thread.submit(how, *args)
-
+        with CheckpointWriter(folder) as writer, WriteBehind(writer) as behind:
             for name in outside:
-                write(writer.copy, name, self.source)
+                behind.copy(name, self.source, name)
             for new, old in enumerate(kept_layers):
                 progress(new, len(kept_layers))
-                self._write_layer(writer, write, old, new)
-            assert self._writing is not None
-            self._writing.result()
-            progress(len(kept_layers), len(kept_layers))
+                self._write_layer(behind, old, new)
+        progress(len(kept_layers), len(kept_layers))
 
-    def _write_layer(self, writer: CheckpointWriter, write: Callable[..., None], old: int, new: int) -> None:
+    def _write_layer(self, behind: "WriteBehind", old: int, new: int) -> None:
         source, target = f"model.layers.{old}.", f"model.layers.{new}."
         cut: dict[str, tuple[int, str]] = {}
         if self.new.num_heads < self.old.num_heads:
@@ -90,14 +81,14 @@ class Pruner:
         names = [name.removeprefix(source) for name in self.source.table if name.startswith(source)]
         for name in names:
             if name not in cut and not name.endswith("rotary_emb.inv_freq"):  # left by old savers, recomputed by every reader
-                write(writer.copy, target + name, self.source, source + name)
+                behind.copy(target + name, self.source, source + name)
         for block, choose in ((ATTENTION, self._choose_heads), (MLP, self._choose_neurons)):
             weights = {name: self._read(source, name) for name in names if name in cut and name in block}
             if weights:
                 kept = choose(old, weights)
                 for name, weight in weights.items():
                     dimension, units = cut[name]
-                    write(writer.add, target + name, self._gather(weight, dimension, kept[units]))
+                    behind.add(target + name, self._gather(weight, dimension, kept[units]))
 
     def _choose_heads(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows to keep of the query and of the key and value projections."""
@@ -134,6 +125,35 @@ class Pruner:
         self._gathered.append(buffer)
         out = buffer[:count].view(shape)
         return gather_columns(weight, kept, out) if dimension else torch.index_select(weight, 0, kept, out=out)
+
+
+class WriteBehind:
+    """A writer's `add` and `copy` in a thread, one at a time: a call waits for the call before it and raises that one's error."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self.writer, self.thread = writer, ThreadPoolExecutor(1)
+        self.running: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor` must not change before the next call returns."""
+        self._wait()
+        self.running = self.thread.submit(self.writer.add, name, tensor)
+
+    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+        self._wait()
+        self.running = self.thread.submit(self.writer.copy, name, reader, source)
+
+    def _wait(self) -> None:
+        if self.running is not None:
+            self.running.result()
 
 
 def pruned_config(config: Mapping[str, Any], new: Architecture, kept_layers: list[int]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.target import Memory
 
 SERVED_BITS = (4, 8)  # what vLLM's weight-only kernels (Marlin, Machete) take
 BLOCK_WEIGHTS = 1 << 24  # weights packed or unpacked at once ...
-BLOCK_BYTES = 16  # ... and the working memory of each: the rounded value in two floats, then int8 and int32 copies
+BLOCK_BYTES = 9  # ... and the working memory of each, measured at 4 bits: rounded values, their int8 and int32 copies
 
 
 class WeightQuantization(Stage.Params):

@@ -38,7 +38,7 @@ def test_only_the_files_that_the_index_names_are_read(folder: Path) -> None:
 def test_a_truncated_file_is_found_from_its_header(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointFileError, match="is truncated: .* copy it again"):
+    with pytest.raises(CheckpointFileError, match=r"is truncated: .* copy it again"):
         tensor_table(folder)
 
 

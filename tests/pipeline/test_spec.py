@@ -49,7 +49,9 @@ def test_three_bits_are_packed_without_padding() -> None:
 
 def test_a_group_size_that_does_not_divide_names_every_layer() -> None:
     spec = ModelSpec.from_config(LLAMA_8B | {"intermediate_size": 14400})
-    with pytest.raises(ValueError, match=r"group_size 128 does not divide: model\.layers\.\*\.mlp\.down_proj has 14400 columns"):
+    with pytest.raises(
+        ValueError, match=r"group_size: 128 does not divide the columns of model\.layers\.\*\.mlp\.down_proj \(14400\); 64 divides"
+    ):
         spec.with_format(packed(4, 128, True))
 
 

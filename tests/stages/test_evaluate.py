@@ -180,6 +180,12 @@ def test_loading_is_strict(tmp_path: Path) -> None:
         load_model(folder)
 
 
+def test_a_packed_model_moves_to_another_device_entirely(tmp_path: Path, source: DenseCheckpoint) -> None:
+    """Shown with the device every machine has besides the CPU."""
+    model = load_model(quantized(source, tmp_path / "q").path, "meta")
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert resolve_device("auto") == torch.device("cpu")

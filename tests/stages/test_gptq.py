@@ -110,7 +110,7 @@ def test_what_cannot_be_is_refused_before_any_weight_is_read(tmp_path: Path) -> 
     spec = DenseCheckpoint(make_checkpoint(tmp_path / "source")).model_spec
     with pytest.raises(ValueError, match="max_length 512 is more than the model's 256 positions; write 256 or less"):
         GPTQ.from_dict({**SMALL, "max_length": 512}).infer(spec, DATA)
-    with pytest.raises(ValueError, match="group_size 128 does not divide"):
+    with pytest.raises(ValueError, match="group_size: 128 does not divide"):
         GPTQ().infer(spec, DATA)
     with pytest.raises(ValueError, match="did you mean 'lm_head'"):
         GPTQ.from_dict({**SMALL, "ignore": ["lmhead"]}).infer(spec, DATA)

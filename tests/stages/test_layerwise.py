@@ -155,7 +155,7 @@ def test_hooks_see_what_they_see_on_the_resident_model_and_are_removed(tmp_path:
     model.sweep(
         batches,
         on_layer=lambda i, layer: [layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append((i, inputs[0])))],
-        on_output=lambda i, b, before, after: outputs.update({(i, b): before}),
+        on_output=lambda i, b, before, after: outputs.update({(i, b): before.clone()}),
     )
     assert [i for i, _ in seen] == [0, 0, 1, 1, 2, 2] and all(x.shape == (2, 16, 96) for _, x in seen)
     assert len(outputs) == 6 and all(torch.equal(before, expected[b][i]) for (i, b), before in outputs.items())

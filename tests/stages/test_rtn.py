@@ -133,7 +133,7 @@ def test_tied_embeddings_are_named_in_the_config_so_that_no_reader_expects_a_pac
 @pytest.mark.parametrize(
     ("params", "sentence"),
     [
-        ({"group_size": 64}, r"group_size 64 does not divide: model\.layers\.\*\.mlp\.down_proj has 96 columns"),
+        ({"group_size": 64}, r"group_size: 64 does not divide the columns of model\.layers\.\*\.mlp\.down_proj \(96\); 32 divides"),
         ({"ignore": ["lm_heat"]}, r"ignore: 'lm_heat' matches no Linear layer; did you mean 'lm_head'\?"),
         ({"ignore": ["model.embed_tokens"]}, "ignore: 'model.embed_tokens' matches no Linear layer"),
         ({"ignore": ["re:.*router"]}, r"ignore: 're:\.\*router' matches no Linear layer$"),

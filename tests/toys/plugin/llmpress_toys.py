@@ -25,7 +25,7 @@ class Toy(Stage):
     class Params(Stage.Params):
         action: Literal[
             "write", "raise", "refuse", "allocate", "allocate_torch", "fill_disk", "exit", "kill", "leave_child", "stop", "hold_gil",
-            "slow", "wrong_type", "wrong_place", "no_disk",
+            "slow", "wrong_type", "wrong_place", "no_disk", "abort", "threads", "stop_with_child",
         ] = "write"  # fmt: skip
         witness: str = ""  # a file that gets the pid of every process that runs this stage, or that it leaves behind
         value: float = 1.0
@@ -80,6 +80,22 @@ class Toy(Stage):
 
     def _leave_child(self, ctx: Context) -> None:
         self.bear_witness(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
+
+    def _stop_with_child(self, ctx: Context) -> None:
+        self._leave_child(ctx)
+        self._stop(ctx)
+
+    def _abort(self, ctx: Context) -> None:
+        os.abort()
+
+    def _threads(self, ctx: Context) -> None:
+        print("torch was imported:", "torch" in sys.modules)
+        import numpy
+        import torch
+
+        left = torch.ones(300, 300)
+        assert (left @ left)[0, 0] == 300  # OpenMP's pool
+        assert (numpy.ones((300, 300)) @ numpy.ones((300, 300)))[0, 0] == 300  # OpenBLAS's pool
 
     def _stop(self, ctx: Context) -> None:
         time.sleep(60)

@@ -1,0 +1,95 @@
+"""Workers from a warm server: quick, apart from each other, and gone when they should be."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import LlmpressError
+from pipeline.process import ForkServer, Worker, kill
+from pipeline.worker import RESPONSE, Success
+from tests import toys
+from tests.pipeline.test_worker import prepare
+
+
+def finish(worker: Worker) -> int:
+    code = worker.wait(60)
+    assert code is not None
+    return code
+
+
+def test_forked_and_spawned_workers_do_the_same_job(fork_server: ForkServer, tmp_path: Path) -> None:
+    outcomes = []
+    for name, server in (("forked", fork_server), ("spawned", toys.spawning(tmp_path / "log"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        prepare(folder)
+        assert finish(server.run(folder)) == 0
+        response = RESPONSE.validate_json((folder / "response.json").read_bytes())
+        assert isinstance(response, Success)
+        assert (folder / "log.txt").read_text() == "toy runs write\n"
+        outcomes.append((response.outputs, response.environment))
+    assert outcomes[0] == outcomes[1]
+    assert fork_server.reason == "", "with the pinned libraries, forking is safe on Linux"
+
+
+def test_a_warm_start_takes_a_fraction_of_a_second(fork_server: ForkServer, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    finish(fork_server.run(tmp_path))
+    started = time.monotonic()
+    finish(fork_server.run(tmp_path))
+    assert time.monotonic() - started < 1.0, "importing torch and transformers takes several seconds, even on an idle machine"
+
+
+def test_the_libraries_are_there_and_threads_work_after_the_fork(fork_server: ForkServer, tmp_path: Path) -> None:
+    prepare(tmp_path, action="threads")
+    assert finish(fork_server.run(tmp_path)) == 0, (tmp_path / "log.txt").read_text()
+    assert "torch was imported: True" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_worker_that_stops_is_killed_with_what_it_started(forked: bool, fork_server: ForkServer, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    prepare(tmp_path, action="stop_with_child", witness=str(witness))
+    worker = (fork_server if forked else toys.spawning(tmp_path / "log")).run(tmp_path)
+    toys.wait_until(lambda: witness.exists() and len(witness.read_text().split()) == 2)
+    kill(worker)
+    assert worker.returncode == -signal.SIGTERM
+    toys.wait_until(lambda: not any(toys.is_alive(int(pid)) for pid in witness.read_text().split()))
+
+
+def test_a_process_left_behind_ends_with_its_stage(fork_server: ForkServer, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    prepare(tmp_path, action="leave_child", witness=str(witness))
+    assert finish(fork_server.run(tmp_path)) == 0
+    toys.wait_until(lambda: not any(toys.is_alive(int(pid)) for pid in witness.read_text().split()))
+
+
+def test_a_server_that_dies_is_a_clear_error_and_its_workers_are_lost(tmp_path: Path, toys_path: str) -> None:
+    server = ForkServer(tmp_path / "server.log")
+    server.start()
+    assert server._server
+    server._server.kill()
+    with pytest.raises(LlmpressError, match=r"ended by itself \(exit status -9\); .*server\.log may say why"):
+        server.run(tmp_path)
+    server.close()
+
+
+def test_closing_does_not_wait_for_the_imports(tmp_path: Path) -> None:
+    server = ForkServer(tmp_path / "server.log")
+    server.start()
+    assert server._server
+    pid = server._server.pid
+    started = time.monotonic()
+    server.close()
+    assert time.monotonic() - started < 2.0 and not toys.is_alive(pid)
+
+
+def test_a_request_names_a_folder_only(fork_server: ForkServer, tmp_path: Path) -> None:
+    folder = tmp_path / 'with "quotes"\nand a line break'
+    folder.mkdir()
+    prepare(folder)
+    assert finish(fork_server.run(folder)) == 0
+    assert json.loads((folder / "response.json").read_text())["ok"]
