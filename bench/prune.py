@@ -4,7 +4,7 @@ had when its imports were done.
 
     python bench/prune.py [--scratch FOLDER] [--repeats 3] [--tokens 2048]
 
-Needs about 7 GB of disk. The model is random: this measures cost, not quality.
+Needs about 5 GB of disk. The model is random: this measures cost, not quality.
 """
 
 import argparse
@@ -68,9 +68,11 @@ def sweep_activations(source: Path, _: Path, tokens: int) -> None:
 def run_resident(source: Path, _: Path, tokens: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from stages.runtime.layerwise import micro_batches
 
+    logging.disable_progress_bar()
     windows = random_windows(tokens)
     importlib.import_module(LAZY_IMPORT)
     imports_done()
@@ -105,7 +107,7 @@ def run_job(job: str, source: Path, target: Path, tokens: int) -> dict[str, floa
     """Run one job in a fresh process; what it took in all, and since its imports."""
     command = [sys.executable, __file__, "--job", job, "--source", str(source), "--target", str(target), "--tokens", str(tokens)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    result = timed([*command], environment)
+    result = timed(command, environment)
     return result | json.loads(str(result.pop("output")))
 
 

@@ -1,7 +1,9 @@
 """Where runs are recorded: an MLflow server or database, opened safely and written in batches."""
 
+import base64
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -12,12 +14,12 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 
-from pipeline.tracking import SQLITE
+from pipeline.tracking import RESULTS_VIEW, SQLITE
 
 MAX_PARAMS, MAX_METRICS, MAX_TAGS, MAX_VALUE = 100, 1000, 100, 6000  # of one batch; characters of a parameter
 
-# Without a kind, MLflow's user interface opens an experiment in the clothes of its GenAI product: traces, judges, prompts.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # not GenAI, which MLflow's user interface takes for granted
+COLUMNS = ("perplexity", "perplexity_change_pct", "kl_divergence", "nbytes", "bits_per_weight", "compression_ratio", "seconds")
 
 
 class Destination:
@@ -28,15 +30,15 @@ class Destination:
         database = uri.removeprefix(SQLITE) if uri.startswith(SQLITE) else ""
         with FileLock(f"{database}.lock") if database else nullcontext():
             self.client = MlflowClient(tracking_uri=uri)
-            self.pipelines = self._experiment(experiment, artifacts)
-            self.stages = self._experiment(f"{experiment}-stages", artifacts)
+            self.pipelines = self._experiment(experiment, artifacts, KIND | results_view())
+            self.stages = self._experiment(f"{experiment}-stages", artifacts, KIND)
 
-    def _experiment(self, name: str, artifacts: Path | None) -> str:
+    def _experiment(self, name: str, artifacts: Path | None, tags: dict[str, str]) -> str:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         location = (artifacts / name).as_uri() if artifacts else None
-        return str(self.client.create_experiment(name, location, EXPERIMENT_TAGS))
+        return str(self.client.create_experiment(name, location, tags))
 
     def find(self, experiment: str, identity: Mapping[str, str], extra: str = "") -> Any | None:
         """The newest run that has these tags, as mlflow.entities.Run."""
@@ -72,6 +74,15 @@ class Destination:
         """Close a run so that its duration is `seconds`: one continued a day later did not take a day."""
         started = self.client.get_run(run).info.start_time
         self.client.set_terminated(run, status, started + milliseconds(seconds))
+
+
+def results_view() -> dict[str, str]:
+    """A shared view of the runs table, as its "Share" button stores it: by default the table shows no metrics at all."""
+    columns = ["attributes.`Duration`", *(f"metrics.`{name}`" for name in COLUMNS), "params.`order`"]
+    state = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": columns, "runsExpanded": {}}
+    state |= {"searchFilter": "", "runsPinned": [], "runsHidden": [], "viewMaximized": True, "runListHidden": False}
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    return {f"mlflow.sharedViewState.{RESULTS_VIEW}": f"deflate;{packed}"}
 
 
 def legal(name: str) -> str:

@@ -38,8 +38,8 @@ base_model: {base}
 license: {license_name or "other"}
 tags: [llmpress]
 ---
-Made from `{base}` by llmpress with the recipe `{plan.recipe.name}`. Licence of the source model: {license_name or "not stated in its folder"};
-it governs this model too.
+Made from `{base}` by llmpress with the recipe `{plan.recipe.name}`.
+Licence of the source model, which governs this one too: {license_name or "not stated in its folder"}.
 
 | node | stage | parameters |
 |---|---|---|

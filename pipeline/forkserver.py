@@ -54,6 +54,7 @@ def main() -> None:
 def preload() -> str:
     """Import PRELOAD. Why this process must not fork afterwards, empty where it may."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # cuda.is_available() then asks the driver without initialising CUDA
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large tensors from huge pages and returns them: peaks are lower
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # pyarrow (through pandas) would start one
     try:
         for name in PRELOAD:

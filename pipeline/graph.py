@@ -142,7 +142,7 @@ class _Builder:
             ref = self.latest
         elif port.name == REFERENCE_PORT:
             ref = SOURCE_MODEL
-        elif issubclass(port.accepts[0], Dataset):
+        elif issubclass(port.accepts[0], Dataset) and not (port.optional and port.name not in self.recipe.data.splits):
             ref = self._lookup(name, port, f"data.{port.name}")
         elif port.optional:
             return None

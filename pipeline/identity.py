@@ -14,8 +14,10 @@ paths, hosts, devices, batch sizes, anything of `Execution`. Values without a ca
 import ast
 import hashlib
 import importlib.util
+import io
 import json
 import math
+import tokenize
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -160,7 +162,7 @@ class DigestMemo:
 
 @cache
 def fingerprint(module: str) -> str:
-    """Digest of a stage's code: its module and the modules of `stages` it imports, comments and layout aside.
+    """Digest of a stage's code: its module and the modules of `stages` it imports, comments and blank lines aside.
 
     Recorded beside results, never hashed into keys: whether a change of code changes results is the author's to say, by
     raising `version`.
@@ -172,9 +174,19 @@ def fingerprint(module: str) -> str:
         spec = importlib.util.find_spec(name)
         if name in seen or spec is None or spec.origin is None:
             continue
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        seen[name] = ast.unparse(tree)
-        for node in ast.walk(tree):
+        source = Path(spec.origin).read_text(encoding="utf-8")
+        seen[name] = _without_comments(source)
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stages."):
                 waiting.append(node.module)
     return hashlib.sha256(canonical(sorted(seen.items())).encode()).hexdigest()[:16]
+
+
+def _without_comments(source: str) -> str:
+    """The same on every Python release, which what `ast` prints is not."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())

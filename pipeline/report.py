@@ -15,7 +15,7 @@ from pipeline.artifact import EvalReport, Manifest
 from pipeline.errors import Interrupted
 from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL
 from pipeline.plan import Plan, PlannedNode
-from pipeline.spec import Frozen, ModelSpec
+from pipeline.spec import Frozen, ModelSpec, WeightFormat
 
 StageStatus = Literal["hit", "ran", "failed", "interrupted", "not reached"]
 Verdict = Literal["complete", "failed", "interrupted"]
@@ -51,6 +51,7 @@ class FinalModel(Frozen):
     type: str
     path: str
     num_bits: int | None  # of its linear weights; None when dense
+    group_size: int | None
 
 
 class Report(Frozen):
@@ -234,9 +235,11 @@ def _final_spec(plan: Plan) -> ModelSpec:
 
 def _final(plan: Plan, record: RunRecord) -> FinalModel:
     made = plan.final != SOURCE_MODEL
+    packed = next((group.format for group in _final_spec(plan).linear_groups if not group.format.is_dense), WeightFormat())
     return FinalModel(
         node=plan.final.node,
         type=plan.graph.types[plan.final].__name__,
         path=str(record.run_dir / "model" if made else plan.source.path),
-        num_bits=next((group.format.num_bits for group in _final_spec(plan).linear_groups if not group.format.is_dense), None),
+        num_bits=packed.num_bits,
+        group_size=packed.group_size,
     )

@@ -14,7 +14,7 @@ from pipeline.report import Report, StageReport
 from pipeline.target import format_size
 
 COLUMNS = ("stage", "", "time", "size", "bits/w", "perplexity", "vs source", "KL")
-VLLM_BITS = (4, 8)  # widths of packed integer weights that vLLM has kernels for
+VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)  # packed integer weights that vLLM has kernels for
 STYLES = {"hit": "green", "ran": "bold", "failed": "bold red", "interrupted": "yellow", "not reached": "dim"}
 
 
@@ -81,10 +81,9 @@ def closing_lines(report: Report, mlflow: str) -> list[str]:
         where = _shown(report.final.path)
         lines += ["", f"model    {where}"]
         lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
-        if report.final.num_bits in VLLM_BITS:
+        if report.final.num_bits in VLLM_BITS and report.final.group_size in VLLM_GROUPS:
             lines.append(f"serve    vllm serve {where}")
-    if mlflow:
-        lines.append(f"mlflow   {mlflow}")
+    lines += [f"{label:<8} {text}" for label, text in zip(("mlflow", ""), mlflow.splitlines(), strict=False)]
     return lines
 
 

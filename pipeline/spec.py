@@ -22,6 +22,7 @@ from pipeline.headers import ITEM_BYTES, TensorEntry
 
 DType = Literal["BF16", "F16", "F32"]
 TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+ABSENT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # what transformers takes where the config is silent
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 IGNORABLE = ("*rotary_emb.inv_freq",)  # left in files by old savers; recomputed by every reader
 
@@ -132,7 +133,7 @@ class Architecture(Frozen):
         if dtype not in TORCH_DTYPES:
             raise ValueError(f"config.json: dtype {dtype!r} is not supported; there are: {', '.join(TORCH_DTYPES)}")
         heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
+        kv_heads = config.get("num_key_value_heads") or ABSENT_KV_HEADS.get(str(model_type), heads)
         if heads % kv_heads:
             raise ValueError(f"config.json: {heads} query heads cannot share {kv_heads} KV heads evenly")
         bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
@@ -145,7 +146,7 @@ class Architecture(Frozen):
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // heads),
             max_position=config.get("max_position_embeddings") or 2048,
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=bias or model_type == "qwen2",
@@ -259,7 +260,13 @@ class ModelSpec(Frozen):
 
     def dense(self) -> "ModelSpec":
         """The same model with every weight dense, its cache layout kept."""
-        return ModelSpec.of(self.architecture).model_copy(update={"kv_cache": self.kv_cache})
+        return self.resized(self.architecture)
+
+    def resized(self, architecture: Architecture) -> "ModelSpec":
+        """The dense model of another architecture, its cache as many bits wide as this one's."""
+        spec = ModelSpec.of(architecture)
+        kept = {"num_bits": self.kv_cache.num_bits, "scale_bytes": self.kv_cache.scale_bytes}
+        return spec.model_copy(update={"kv_cache": spec.kv_cache.model_copy(update=kept)})
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of the checkpoint."""

@@ -71,12 +71,14 @@ def spools(run_dir: Path) -> list[Path]:
 
 
 def is_live(spool: Path) -> bool:
-    """Whether its writer still lives. FileNotFoundError where it has been recorded meanwhile."""
-    with open(spool, "rb") as stream:
-        try:
+    """Whether its writer still lives; not where it has been recorded and removed meanwhile."""
+    try:
+        with open(spool, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
     return False
 
 

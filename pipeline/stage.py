@@ -59,7 +59,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Context:
-    """What a running stage may touch. `output` is its folder: empty, or for a stage that `resumes`, as an interrupted attempt of the same key left it."""
+    """What a running stage may touch.
+
+    `output` is its folder: empty or, for a stage that `resumes`, as an interrupted attempt of the same key left it.
+    """
 
     output: Path
     emit: Callable[[dict[str, Any]], None]

@@ -29,8 +29,11 @@ PARENT_VARIABLE = "LLMPRESS_PARENT_RUN"  # MLflow run id of the sweep that this 
 REASON_WIDTH = 160  # characters of an error that are shown
 PATIENCE = 20.0  # seconds that a finished run waits for its recorder
 SQLITE = "sqlite:///"
+RESULTS_VIEW = "results"  # the table of runs with the headline metrics as columns
+PATIENCE_AFTER_INTERRUPT = 2.0  # Ctrl-C means now; the recorder goes on by itself
 HEAVY_EVENTS = ("node_started", "node_finished", "node_failed", "curve")  # something ran, so there is something to record
 IGNORED_EVENTS = ("progress",)
+MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 RECORDER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -67,14 +70,13 @@ class Tracker:
             self._problem = f"events cannot be spooled ({error})"
 
     def finish(self, report: Report, patience: float = PATIENCE) -> str:
-        """Hand over the report and wait for the recorder, at most `patience` seconds. One line: where to look, or what is wrong."""
+        """Hand over the report and wait for the recorder, at most `patience` seconds. Returns where to look, or what is wrong."""
         state = self._state(report)
-        view = view_command(self.settings.uri, self.outputs)
         try:
             if self._spool is None and not self._problem:
                 if report.verdict == "complete" and is_recorded(self.run_dir, self.uri, state):
                     self._replay()
-                    return f"{view}   (already recorded)"
+                    return self._where("   (already recorded)")
                 self._start()
             self._waiting.append({"event": "end", "report": report.model_dump(mode="json"), "note": markdown(report), "state": state})
             self._write()
@@ -84,14 +86,23 @@ class Tracker:
             self._spool.close()
         if self._problem or self._spool is None or self._recorder is None:
             return f"not recorded: {self._problem}"
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (patience if report.verdict != "interrupted" else min(patience, PATIENCE_AFTER_INTERRUPT))
         while self._spool.path.exists() and self._recorder.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if not self._spool.path.exists():
-            return view
+            return self._where()
         if self._recorder.poll() is None:
-            return f"{view}   (still writing, log {self.log})"
+            return self._where(f"   (still writing, log {self.log})")
         return f"not recorded, to be tried again by the next run: {last_words(self.log)} (log {self.log})"
+
+    def _where(self, remark: str = "") -> str:
+        """The command, and the address of the table: MLflow's own way in leads to traces of its GenAI product."""
+        view, recorded = view_command(self.settings.uri, self.outputs), Recorded.read(self.run_dir)
+        if recorded is None:
+            return view + remark
+        server = view if view.startswith("http") else MLFLOW_UI
+        table = f"{server}/#/experiments/{recorded.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={RESULTS_VIEW}"
+        return f"{view}{remark}\n{table}"
 
     def _start(self) -> None:
         self._spool = Spool(self.run_dir, header(self.plan, self.run_dir, self.parent))
@@ -118,7 +129,7 @@ class Tracker:
         """A session of its own keeps the terminal's Ctrl-C away; -P keeps the working folder's modules out."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-P", "-m", "pipeline.recorder", "--experiment", self.settings.experiment]
-        if self.settings.uri is None:
+        if not self.uri.startswith("http"):  # a server has its own place; without one MLflow would make ./mlruns
             command += ["--artifacts", str((self.outputs / "mlartifacts").resolve())]
         with open(self.log, "wb") as log:
             return _popen([*command, *map(str, run_dirs)], self.uri, log)
@@ -227,7 +238,7 @@ def view_command(uri: str | None, outputs: Path) -> str:
         here = Path.cwd()
         uri = SQLITE + str((outputs.relative_to(here) if outputs.is_relative_to(here) else outputs) / "mlflow.db")
     uri = without_password(uri)
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return uri.rstrip("/") if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 def without_password(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from pipeline.spec import Architecture
+from pipeline.spec import Architecture, ModelSpec
 from stages.functional.importance import (
     gather_columns,
     head_magnitude,
@@ -60,9 +60,8 @@ class Pruner:
 
     def write(self, folder: Path, kept_layers: list[int], progress: Callable[[int, int], None]) -> None:
         """Write the weights of the pruned model. `progress` takes layers done and layers in all."""
-        outside = [name for name in self.source.table if not name.startswith("model.layers.")]
-        if self.old.tied:
-            outside = [name for name in outside if name != "lm_head.weight"]  # some files carry the copy
+        known = ModelSpec.of(self.old).tensors()  # leaves out what old savers left: rotary buffers, a tied copy of the embedding
+        outside = [name for name in self.source.table if name in known and not name.startswith("model.layers.")]
         with CheckpointWriter(folder) as writer, WriteBehind(writer) as behind:
             for name in outside:
                 behind.copy(name, self.source, name)

@@ -95,9 +95,10 @@ def pipelines(client: MlflowClient) -> list[Run]:
 def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tmp_path: Path) -> None:
     plan = plan_of(model, tmp_path)
     tracker, line, report = run(plan, tmp_path)
-    assert line == f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
+    command, address = line.splitlines()
+    assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
+    assert address.startswith("http://127.0.0.1:5000/#/experiments/1/runs?")
     assert tracker._recorder is not None
-    assert os.getsid(tracker._recorder.pid) != os.getsid(0) if tracker._recorder.poll() is None else True
     assert spools(tracker.run_dir) == []
     client = MlflowClient(tracking_uri=tracker.uri)
     (pipeline,) = pipelines(client)
@@ -106,12 +107,23 @@ def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tm
 
     started = time.monotonic()
     tracker, line, _ = run(plan, tmp_path)
-    assert line.endswith("(already recorded)")
+    assert line.splitlines()[0].endswith("(already recorded)")
     assert tracker._recorder is None
     assert time.monotonic() - started < 1
 
     client.delete_run(pipeline.info.run_id)
     assert not is_recorded(tracker.run_dir, tracker.uri, Recorded.read(tracker.run_dir).state)  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("database")
+def test_a_database_elsewhere_leaves_nothing_in_the_working_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    tracker, line, _ = run(plan_of(model, tmp_path / "outputs"), tmp_path / "outputs", uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert line.startswith("mlflow ui"), line
+    assert list(here.iterdir()) == []
+    assert not is_live(tracker.run_dir / FOLDER / "gone.jsonl")
 
 
 def test_the_main_process_never_imports_mlflow() -> None:
