@@ -1,8 +1,9 @@
 """What the pipeline costs over a plain script that calls the same stages: `python bench/overhead.py [--repeats 3]`.
 
 The plain script is one process that imports the libraries once and calls each stage's own function, in the same order, on the
-same data, with no graph, store, hashes, workers or tracking. The pipeline is `run recipe=quickstart` into an empty outputs folder, MLflow included.
-The two alternate in one run, since machines are noisy; the figures are medians. Then the same command again: every stage a hit.
+same data, with no graph, store, hashes, workers or tracking. The pipeline is `run recipe=quickstart` into an empty outputs
+folder, MLflow included. The two alternate in one run, since machines are noisy; the figures are medians. Then the same command
+again: every stage a hit.
 """
 
 import argparse

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pipeline.spec import Frozen, ModelSpec
+from pipeline.layout import Frozen
+from pipeline.spec import ModelSpec
 
 MANIFEST = "artifact.json"
 

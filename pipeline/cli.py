@@ -31,6 +31,9 @@ def main() -> None:
     except LlmpressError as error:
         print(_sentences(error), file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `run --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(Interrupted.exit_code)

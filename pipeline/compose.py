@@ -19,8 +19,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipeline.errors import RecipeError, did_you_mean
+from pipeline.layout import Frozen
 from pipeline.recipe import check_document
-from pipeline.spec import Frozen
 from pipeline.stage import find_stage, stage_names
 
 YAML_FILE = re.compile(r"\.ya?ml$")

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError, did_you_mean
-from pipeline.spec import Frozen
+from pipeline.layout import Frozen
 from pipeline.stage import Stage, find_stage, stage_names
 from pipeline.target import Target
 
@@ -77,7 +77,7 @@ class Recipe:
 
 
 class TrackingSettings(Frozen):
-    """`uri` None is a sqlite file under the outputs folder; `enabled: false` logs nothing."""
+    """`uri` None is MLFLOW_TRACKING_URI, else a sqlite file under the outputs folder; `enabled: false` logs nothing."""
 
     enabled: bool = True
     uri: str | None = None

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pipeline.artifact import EvalReport, Manifest
 from pipeline.errors import Interrupted
 from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL
+from pipeline.layout import Frozen, WeightFormat
 from pipeline.plan import Plan, PlannedNode
-from pipeline.spec import Frozen, ModelSpec, WeightFormat
+from pipeline.spec import ModelSpec
 
 StageStatus = Literal["hit", "ran", "failed", "interrupted", "not reached"]
 Verdict = Literal["complete", "failed", "interrupted"]

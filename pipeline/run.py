@@ -6,6 +6,7 @@ final checkpoint in the store.
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from pipeline.report import Report, RunRecord, build_report
 from pipeline.report_table import print_report
 from pipeline.store import SHORT, Store, check_writable, explain_os_error
 from pipeline.target import format_size
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, without_password
 
 
 def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: Path) -> dict[str, float]:
@@ -64,7 +65,7 @@ def collect_unused(settings: Settings) -> dict[str, float]:
 def _execute(plan: Plan, settings: Settings, store: Store, composed: str, export_to: Path | None) -> dict[str, float]:
     run_dir = store.root / "runs" / plan.recipe.name / plan.digest[:SHORT]
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(composed, encoding="utf-8")
+    (run_dir / "recipe.yaml").write_text(without_password(composed), encoding="utf-8")
     (run_dir / "plan.json").write_text(json.dumps(plan_json(plan), indent=1) + "\n", encoding="utf-8")
     record = RunRecord(run_dir)
     tracker = Tracker(plan, settings.tracking, store.root, run_dir) if settings.tracking.enabled else None
@@ -89,6 +90,7 @@ def _show(report: Report, settings: Settings, tracker: Tracker | None, error: Ll
     line = tracker.finish(report) if tracker else ""
     if settings.format == "json":
         print(report.model_dump_json(indent=1))
+        print(line, file=sys.stderr)
     else:
         print_report(report, Console(), line)
     if error is not None:

@@ -4,100 +4,22 @@ A `ModelSpec` is a tuple of module groups (name pattern, layers, shape, `WeightF
 all of it derived from the dozen integers of an `Architecture`. It predicts the exact tensor table of the checkpoint on
 disk: names, dtypes, shapes, hence bytes. Example: a 14336 x 4096 linear layer packed at 4 bits with symmetric groups of 128 is
 14336 * 512 int32 words (29,360,128 B) + 14336 * 32 bf16 scales (917,504 B) + its shape (16 B) = 30,277,648 B.
-
-Formats: bf16/fp16/fp32 as in safetensors; `pack-quantized` as in compressed-tensors 0.19 (dense packing: 32 values of b bits
-fill b int32 words).
 """
 
 import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES, TensorEntry
+from pipeline.layout import DType, Frozen, KVCacheSpec, ModuleGroup, WeightFormat
 
-DType = Literal["BF16", "F16", "F32"]
 TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ABSENT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # what transformers takes where the config is silent
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 IGNORABLE = ("*rotary_emb.inv_freq",)  # left in files by old savers; recomputed by every reader
-
-
-class Frozen(BaseModel):
-    """An immutable value that refuses unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class WeightFormat(Frozen):
-    """How the weight matrices of a module group are stored. `num_bits` None means dense, in the model's dtype."""
-
-    num_bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool = True
-
-    @property
-    def is_dense(self) -> bool:
-        return self.num_bits is None
-
-    def tensors(self, shape: tuple[int, int], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Suffix -> (dtype, shape) of what stands on disk for one [out, in] weight."""
-        if self.num_bits is None:
-            return {"weight": (dtype, shape)}
-        rows, columns = shape
-        assert self.group_size, "a packed format has a group size"
-        groups = columns // self.group_size
-        table: dict[str, tuple[str, tuple[int, ...]]] = {
-            "weight_packed": ("I32", (rows, math.ceil(columns * self.num_bits / 32))),
-            "weight_scale": (dtype, (rows, groups)),
-            "weight_shape": ("I64", (2,)),
-        }
-        if not self.symmetric:
-            table["weight_zero_point"] = ("I32", (math.ceil(rows * self.num_bits / 32), groups))
-        return table
-
-
-class ModuleGroup(Frozen):
-    """Modules alike in everything but their layer. `name` holds `{layer}` where `layers` is not empty."""
-
-    name: str
-    kind: Literal["embedding", "linear", "norm"]
-    shape: tuple[int, ...]
-    layers: tuple[int, ...] = ()
-    bias: bool = False
-    format: WeightFormat = WeightFormat()
-
-    @property
-    def module_names(self) -> list[str]:
-        return [self.name.format(layer=layer) for layer in self.layers] or [self.name]
-
-    @property
-    def count(self) -> int:
-        return max(1, len(self.layers))
-
-    def tensors(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Suffix -> (dtype, shape) of one module of the group."""
-        table: dict[str, tuple[str, tuple[int, ...]]]
-        table = {"weight": (dtype, self.shape)} if len(self.shape) == 1 else self.format.tensors((self.shape[0], self.shape[1]), dtype)
-        return table | ({"bias": (dtype, self.shape[:1])} if self.bias else {})
-
-
-class KVCacheSpec(Frozen):
-    """The key and value cache of one sequence: per token and layer, two vectors per KV head."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    num_bits: int = 16
-    scale_bytes: int = 0  # per token, layer and head, for each of key and value
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * (self.head_dim * self.num_bits // 8 + self.scale_bytes)
 
 
 class Architecture(Frozen):

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.spec import Frozen
+from pipeline.layout import Frozen
 
 FOLDER = "tracking"
 POLL = 0.25  # seconds between looks at a spool that is still being written

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Union
 
 from pipeline.artifact import Artifact
 from pipeline.errors import RecipeError, did_you_mean
-from pipeline.spec import Frozen
+from pipeline.layout import Frozen
 from pipeline.target import Memory, Size
 
 BUILT_IN = {

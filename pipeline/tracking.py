@@ -47,7 +47,8 @@ class Tracker:
 
     def __init__(self, plan: Plan, settings: TrackingSettings, outputs: Path, run_dir: Path) -> None:
         self.plan, self.settings, self.outputs, self.run_dir = plan, settings, outputs, run_dir
-        self.uri = settings.uri or f"{SQLITE}{(outputs / 'mlflow.db').resolve()}"
+        self.chosen = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's own variable, as its users expect
+        self.uri = self.chosen or f"{SQLITE}{(outputs / 'mlflow.db').resolve()}"
         self.parent = os.environ.get(PARENT_VARIABLE, "")
         self.log = run_dir / FOLDER / "recorder.log"
         self._waiting: list[Mapping[str, Any]] = []
@@ -97,7 +98,7 @@ class Tracker:
 
     def _where(self, remark: str = "") -> str:
         """The command, and the address of the table: MLflow's own way in leads to traces of its GenAI product."""
-        view, recorded = view_command(self.settings.uri, self.outputs), Recorded.read(self.run_dir)
+        view, recorded = view_command(self.chosen, self.outputs), Recorded.read(self.run_dir)
         if recorded is None:
             return view + remark
         server = view if view.startswith("http") else MLFLOW_UI

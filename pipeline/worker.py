@@ -28,7 +28,8 @@ from typing import Any, Literal, TextIO
 from pydantic import TypeAdapter
 
 from pipeline.artifact import TYPES, Artifact, Checkpoint, Spec
-from pipeline.spec import Frozen, ModelSpec
+from pipeline.layout import Frozen
+from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of the same label

@@ -15,7 +15,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from pipeline.artifact import Checkpoint
-from pipeline.spec import ModelSpec, WeightFormat
+from pipeline.layout import WeightFormat
+from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime.scheme import BLOCK_WEIGHTS
 from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions

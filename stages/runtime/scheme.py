@@ -11,7 +11,8 @@ from pydantic import Field
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES
-from pipeline.spec import ModelSpec, WeightFormat, ignored
+from pipeline.layout import WeightFormat
+from pipeline.spec import ModelSpec, ignored
 from pipeline.stage import Stage
 from pipeline.target import Memory
 

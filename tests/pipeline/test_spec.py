@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.spec import Architecture, ModelSpec, WeightFormat, ignored
+from pipeline.layout import WeightFormat
+from pipeline.spec import Architecture, ModelSpec, ignored
 
 LLAMA_8B = {
     "model_type": "llama", "dtype": "bfloat16", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
