@@ -23,7 +23,7 @@ test: install
 	$(BIN)/lint-imports --no-cache
 
 test-extras: install
-	$(BIN)/python -m pytest -m extras
+	$(BIN)/python -m pytest -m extras || test $$? -eq 5  # 5: no optional backend has tests yet
 
 lint: install
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
 
 
 class ModelSource(Frozen):
-    """A local folder, a hub id with its revision, or an architecture alone (plans, never runs)."""
+    """A local folder, else a hub id with its revision, else an architecture alone (plans, never runs)."""
 
     path: str | None = None
     id: str | None = None
@@ -33,8 +33,6 @@ class ModelSource(Frozen):
 
     @model_validator(mode="after")
     def _one(self) -> "ModelSource":
-        if self.path and self.id:
-            raise ValueError("path and id exclude each other; give one")
         if not (self.path or self.id or self.architecture):
             raise ValueError("nothing to compress; give model.path=/folder or model.id=org/name")
         return self

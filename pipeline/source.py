@@ -28,13 +28,13 @@ def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute
             spec = ModelSpec.from_config(_read_config(folder))
             _check_tensors(folder, spec)
             return _typed(folder, spec, _local_key(folder, memo, execute))
-        if model.architecture is not None and not execute:
+        if model.architecture is not None and not (execute and model.id):
+            if execute:
+                raise ValueError("it is an architecture without weights, which can be planned but not run; give model.path=/folder")
             return _typed(Path(), ModelSpec.from_config(model.architecture), "")
-        if model.id:
-            return _hub_model(model, execute)
+        return _hub_model(model, execute)
     except (ValueError, OSError) as error:  # CheckpointFileError and config problems are ValueErrors
         raise RecipeError(f"model: {error}") from None
-    raise RecipeError("model: it is an architecture without weights, which can be planned but not run; give model.path=/folder")
 
 
 def open_split(data: DataSource, split: str, resources: Path, memo: DigestMemo) -> Dataset:
@@ -93,24 +93,33 @@ def _local_key(folder: Path, memo: DigestMemo, execute: bool) -> str:
 
 
 def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
-    """The hub's own look-up order finds the token; it is never read or logged here."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # 0.3 s, and only hub models need it
-    from huggingface_hub.errors import HfHubHTTPError
+    """A hub model at its commit: downloaded when executing, only its config otherwise. RecipeError where it cannot be had.
+
+    Where the hub does not answer, what the hub's own cache on this machine holds of that revision is used, at its recorded commit.
+    The hub's own look-up order finds the token; it is never read or logged here.
+    """
+    import httpx  # with the hub's client 0.3 s, and only hub models need them
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     assert model.id
+    wanted = HUB_FILES if execute else ["config.json"]
     try:
-        commit = HfApi().model_info(model.id, revision=model.revision).sha or model.revision
-        key = hub_key(model.id, commit)
-        if not execute:
-            config = json.loads(Path(hf_hub_download(model.id, "config.json", revision=commit)).read_text())
-            return _typed(Path(), ModelSpec.from_config(config), key)
-        folder = Path(snapshot_download(model.id, revision=commit, allow_patterns=HUB_FILES))
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
+        try:
+            commit = HfApi().model_info(model.id, revision=model.revision).sha or model.revision
+        except (httpx.TransportError, ConnectionError):
+            folder = Path(snapshot_download(model.id, revision=model.revision, allow_patterns=wanted, local_files_only=True))
+            commit = folder.name
+        else:
+            folder = Path(snapshot_download(model.id, revision=commit, allow_patterns=wanted))
+        spec = ModelSpec.from_config(_read_config(folder))
+    except (OSError, httpx.HTTPError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise RecipeError(
             f"model.id: '{model.id}' at revision '{model.revision}' cannot be had from the hub ({reason}); check the name and your "
             "access, or give model.path=/folder"
         ) from None
-    spec = ModelSpec.from_config(_read_config(folder))
+    if not execute:
+        return _typed(Path(), spec, hub_key(model.id, commit))
     _check_tensors(folder, spec)
-    return _typed(folder, spec, key)
+    return _typed(folder, spec, hub_key(model.id, commit))

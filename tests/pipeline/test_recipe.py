@@ -37,13 +37,13 @@ def test_a_plain_config_becomes_a_frozen_recipe() -> None:
 
 def test_every_problem_is_told_at_once_with_its_place_and_a_close_match() -> None:
     stages = {"quantize": {"stage": "rtn", "num_bits": 5, "group_sise": 64}, "prune": {"stage": "structured_prun"}, "none": {}}
-    told = problems(stages=stages, ordr=1, serve={"context": 0}, convert="maybe", model={"path": "a", "id": "b"})
+    told = problems(stages=stages, ordr=1, serve={"context": 0}, convert="maybe", model={})
     assert told[0] == "ordr: there is no such setting; did you mean 'order'?"
     assert "stages.quantize.group_sise: there is no such parameter; did you mean 'group_size'?" in told
     assert any(line.startswith("stages.quantize.num_bits: 5 does not fit; input should be 2, 3, 4 or 8") for line in told)
     assert "stages.prune.stage: stage 'structured_prun' does not exist; did you mean 'structured_prune'?" in told
     assert any(line.startswith("stages.none.stage: which stage is it? there are:") for line in told)
-    assert "model: path and id exclude each other; give one" in told
+    assert "model: nothing to compress; give model.path=/folder or model.id=org/name" in told
     assert any(line.startswith("serve.context: 0 does not fit") for line in told)
     assert "convert: 'maybe' is not a choice; write auto or never" in told
     assert len(told) == 8
