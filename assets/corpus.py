@@ -24,7 +24,7 @@ GENERATED = re.compile(
 )
 TESTS = re.compile(r"^test/|/(test|tests|idle_test)/")
 SNAPSHOT_BYTES = {"eval": 400_000, "calibration": 250_000}
-MAX_DOCUMENT_BYTES = 8_000
+MAX_DOCUMENT_BYTES = {"eval": 8_000, "calibration": 24_000}  # many documents make intervals narrow, long ones fill windows
 MIN_DOCUMENT_BYTES = 500
 
 
@@ -56,10 +56,10 @@ def documents(split: str, stdlib: Path | None = None) -> Iterator[tuple[str, str
 
 
 def snapshot(split: str, limit: int) -> list[dict[str, str]]:
-    """Modules in order of their hash, each cut at `MAX_DOCUMENT_BYTES`, up to `limit` bytes in all."""
+    """Modules in order of their hash, each cut at its split's `MAX_DOCUMENT_BYTES`, up to `limit` bytes in all."""
     rows, total = [], 0
     for name, text in sorted(documents(split), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
-        text = text[:MAX_DOCUMENT_BYTES]
+        text = text[: MAX_DOCUMENT_BYTES[split]]
         if total + len(text.encode()) <= limit:
             rows.append({"id": name, "text": text})
             total += len(text.encode())

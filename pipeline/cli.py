@@ -43,8 +43,6 @@ def _main(arguments: list[str]) -> int:
     if not arguments:
         print(compose.recipe_list())
         return 0
-    compose.register()
-    sys.argv[1:] = compose.take_recipe_files(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed with a search path
     failed: list[LlmpressError] = []
 
@@ -53,11 +51,15 @@ def _main(arguments: list[str]) -> int:
             return _job(config)
         except LlmpressError as error:
             if HydraConfig.get().mode is RunMode.MULTIRUN:
+                if isinstance(error, Interrupted):
+                    raise KeyboardInterrupt from None  # Hydra would go on with the next job
                 raise  # so that Hydra counts the job as failed
             failed.append(error)  # Hydra would print its own lines about it first
             return {}
 
     try:
+        compose.register()
+        sys.argv[1:] = compose.take_recipe_files(arguments)
         hydra.main(config_path=str(compose.resources() / "conf"), config_name="config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise compose.explain(error) from None

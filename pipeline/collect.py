@@ -1,16 +1,26 @@
 """`mode=gc`: remove what no run uses.
 
-Every run folder's `plan.json` pins the artifacts of its nodes. So disk is freed in two moves a person understands: delete the run
-folders you no longer want (`outputs/runs/<recipe>/<digest>`), then `run mode=gc`. Scratch of a stage that is running now is kept.
+Every run folder's `plan.json` pins the artifacts of its nodes, and its `model` link the final one. So disk is freed in two moves a
+person understands: delete the run folders you no longer want (`outputs/runs/<recipe>/<digest>`), then `run mode=gc`. Only folders
+that are named as the store names them are touched, only below a folder that llmpress made, and only while no run is going on.
 """
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from pipeline.errors import StoreError
-from pipeline.store import SHORT, Store
+from pipeline.store import MARKER, SHORT, Store
+
+ARTIFACT = re.compile(r"\w+-([0-9a-f]{12})")
+SCRATCH = re.compile(r"[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -20,21 +30,40 @@ class Collected:
     kept: int
 
 
+@contextmanager
+def using(store: Store) -> Iterator[None]:
+    """Held by a run from before it plans until it ends: nothing is collected meanwhile, and it waits for a collection to end."""
+    locks = store.root / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    mine = FileLock(locks / f"run-{os.getpid()}.lock")
+    with FileLock(locks / "gc.lock"):
+        mine.acquire()
+    try:
+        yield
+    finally:
+        mine.release()
+        Path(mine.lock_file).unlink(missing_ok=True)
+
+
 def collect(store: Store) -> Collected:
-    """Remove unpinned artifacts and abandoned scratch folders. StoreError where a run's plan cannot be read: nothing is guessed."""
-    pinned = pinned_keys(store.root)
-    artifacts = [folder for folder in sorted((store.root / "store").glob("*-*")) if folder.is_dir()]
-    unused = [folder for folder in artifacts if folder.name.rpartition("-")[2] not in pinned]
-    abandoned = [folder for folder in sorted((store.root / "scratch").glob("*")) if not _in_use(store, folder.name)]
-    nbytes = 0
-    for folder in (*unused, *abandoned):
-        nbytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.stat().st_nlink == 1)
-        shutil.rmtree(folder)
-    return Collected((*unused, *abandoned), nbytes, len(artifacts) - len(unused))
+    """Remove unpinned artifacts and abandoned scratch folders. StoreError where that could take something that is used."""
+    if not (store.root / MARKER).is_file():
+        raise StoreError(f"{store.root} is not an outputs folder of llmpress; name the right one with `outputs=...`")
+    with FileLock(store.root / "locks" / "gc.lock"):
+        _check_no_run(store.root / "locks")
+        pinned = pinned_keys(store.root)
+        artifacts = _folders(store.root / "store", ARTIFACT)
+        unused = [folder for folder in artifacts if folder.name.rpartition("-")[2] not in pinned]
+        removed = (*unused, *_folders(store.root / "scratch", SCRATCH))
+        nbytes = 0
+        for folder in removed:
+            nbytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.stat().st_nlink == 1)
+            shutil.rmtree(folder)
+    return Collected(removed, nbytes, len(artifacts) - len(unused))
 
 
 def pinned_keys(root: Path) -> set[str]:
-    """Short keys of every node of every run's plan."""
+    """Short keys of every node of every run's plan, and of what its `model` points to."""
     pinned = set()
     for file in sorted(root.glob("runs/*/*/plan.json")):
         try:
@@ -43,12 +72,21 @@ def pinned_keys(root: Path) -> set[str]:
             raise StoreError(
                 f"{file} is not readable, so what its run uses is unknown; delete that run's folder or restore the file"
             ) from None
+    for link in root.glob("runs/*/*/model"):
+        parts = link.resolve().relative_to(root.resolve()).parts if link.resolve().is_relative_to(root.resolve()) else ()
+        pinned |= {found[1] for part in parts if (found := ARTIFACT.fullmatch(part))}
     return pinned
 
 
-def _in_use(store: Store, short_key: str) -> bool:
-    try:
-        with store.lock(short_key, timeout=0):
-            return False
-    except TimeoutError:
-        return True
+def _folders(parent: Path, name: re.Pattern[str]) -> list[Path]:
+    return [folder for folder in sorted(parent.glob("*")) if name.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()]
+
+
+def _check_no_run(locks: Path) -> None:
+    for file in sorted(locks.glob("run-*.lock")):
+        try:
+            with FileLock(file, timeout=0):
+                pass
+        except Timeout:
+            number = file.stem.rpartition("-")[2]
+            raise StoreError(f"process {number} is running a recipe in {locks.parent}; run mode=gc when it has ended") from None

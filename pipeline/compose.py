@@ -7,6 +7,7 @@ Hydra sees it.
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -50,7 +51,11 @@ def register() -> None:
     """Put every stage and every shipped recipe into Hydra's config store."""
     store = ConfigStore.instance()
     for name in stage_names():
-        stage = find_stage(name)
+        try:
+            stage = find_stage(name)
+        except RecipeError as error:  # a broken plugin must not take the other stages with it
+            print(f"warning: {error}", file=sys.stderr)
+            continue
         node = {"stage": name, **_defaults(stage.Params), "inputs": {}, "execution": _defaults(stage.Execution)}
         store.store(group="stage", name=name, node=node, provider="llmpress")
     for file in recipe_files():
@@ -62,7 +67,7 @@ def take_recipe_files(arguments: list[str]) -> list[str]:
     taken = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key.lstrip("+") == "recipe" and YAML_FILE.search(value.split(",")[-1].strip("'\" ")):
+        if equals and key.lstrip("+") == "recipe" and any(YAML_FILE.search(part.strip("'\" ")) for part in value.split(",")):
             value = ",".join(_take(part.strip("'\" ")) for part in value.split(","))
             argument = f"{key}={value}"
         taken.append(argument)
@@ -105,7 +110,7 @@ def _take(value: str) -> str:
     file = Path(value).expanduser()
     if not file.is_file():
         raise RecipeError(f"recipe: {value} does not exist{did_you_mean(value, [f.stem for f in recipe_files()])}")
-    name = re.sub(r"\W", "_", file.stem) + "-" + hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    name = re.sub(r"\W", "_", file.stem, flags=re.ASCII) + "-" + hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     _store_recipe(file, name)
     return name
 

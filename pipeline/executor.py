@@ -205,7 +205,7 @@ class _Run:
             self.announce.send({"node": node.name, **event})
 
         folder = self.run_dir / "logs" / node.name
-        made = run_job(self.server, self._request(node, scratch), folder, node.memory.totals["ram"], emit)
+        made = run_job(self.server, self._request(node, scratch), folder, node.memory.totals["ram"] + node.memory.totals["vram"], emit)
         if self.server.reason and not self.warned:
             self.warned = True
             self.announce("warning", text=f"stages start in fresh interpreters, which takes seconds each: {self.server.reason}")
@@ -215,7 +215,7 @@ class _Run:
         inputs: dict[str, InputArtifact | None] = dict.fromkeys(input_ports(type(node.stage)))
         for port, ref in node.inputs.items():
             given = self.artifacts[ref]
-            inputs[port] = InputArtifact(type=type(given).__name__, path=given.path.resolve(), key=node.input_keys[port], spec=given.spec)
+            inputs[port] = InputArtifact(type=type(given).__name__, path=given.path.absolute(), key=node.input_keys[port], spec=given.spec)
         return Request(
             node=node.name,
             stage=node.stage.name,

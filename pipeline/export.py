@@ -2,35 +2,49 @@
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, Manifest
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StoreError
+from pipeline.graph import SOURCE_MODEL
 from pipeline.identity import canonical
 from pipeline.plan import Plan
+from pipeline.store import explain_os_error
 
 
-def check_export(folder: Path) -> None:
-    """RecipeError unless `folder` is new or empty: an export never overwrites. Found before the run, not after it."""
+def check_export(plan: Plan, folder: Path) -> None:
+    """RecipeError unless the recipe makes a model and `folder` can become it: an export never overwrites. Found before the run."""
+    if plan.final == SOURCE_MODEL:
+        raise RecipeError("export_to: the recipe makes no model; add a stage that does to `order`")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"export_to: {folder} exists already; name a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)).rmdir()
+    except OSError as error:
+        raise RecipeError(f"export_to: {folder} cannot be made ({error.strerror}); name another folder") from None
 
 
-def export_model(plan: Plan, model: Path, folder: Path) -> None:
+def export_model(plan: Plan, model: Path, manifest: Manifest, folder: Path) -> None:
     """Copy the checkpoint at `model` to `folder` and write its model card. Complete or absent: copied beside, then renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial, ignore=shutil.ignore_patterns(MANIFEST), copy_function=shutil.copyfile)
-    (partial / "README.md").write_text(model_card(plan, Manifest.load(model)), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()  # empty, as `check_export` saw; fails rather than delete if it no longer is
-    partial.rename(folder)
+    partial = None
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        shutil.copytree(model, partial, ignore=shutil.ignore_patterns(MANIFEST), copy_function=shutil.copyfile, dirs_exist_ok=True)
+        (partial / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
+        partial.chmod(0o755)
+        partial.rename(folder)  # replaces an empty folder, fails on any other
+    except OSError as error:
+        raise StoreError(f"export_to: {explain_os_error(error, folder)}") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def model_card(plan: Plan, manifest: Manifest) -> str:
     source = plan.recipe.model
-    base = source.id or source.path or "unknown"
+    base = source.path or source.id or "unknown"
     license_name = source_license(plan.source.path)
     rows = "\n".join(f"| {step.node} | {step.stage} | `{canonical(step.params)}` |" for step in manifest.history)
     return f"""---
@@ -52,5 +66,6 @@ Key `{manifest.key}`.
 def source_license(folder: Path) -> str | None:
     """The `license:` of the source's own model card."""
     card = folder / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     return found[1] if found else None

@@ -158,7 +158,7 @@ class _Builder:
 
     def _lookup(self, name: str, port: Port, written: str) -> Ref | None:
         node, _, wanted = written.partition(".")
-        if node == "model":
+        if node == "model" and wanted in ("", "model"):
             return SOURCE_MODEL
         earlier = [n.name for n in self.nodes if n.name.partition("@")[0] == node or n.name == node]
         outputs = [ref for ref in self.types if ref.node == (earlier[-1] if earlier else node)]

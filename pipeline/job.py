@@ -25,7 +25,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 def run_job(server: ForkServer, request: Request, folder: Path, planned: int, emit: Emit) -> Success:
-    """Run one stage in a process of its own. `planned` is its peak in bytes of RAM as the plan has it, for the message.
+    """Run one stage in a process of its own. `planned` is its peak in bytes as the plan has it, for the message.
 
     Raises StageFailed, StoreError where the disk is full, and whatever interrupts it (KeyboardInterrupt) after ending the worker.
     """

@@ -15,6 +15,7 @@ from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, build
 from pipeline.identity import DigestMemo, backend_versions, digest, non_default, output_key, stage_key
 from pipeline.recipe import Recipe
 from pipeline.source import open_model, open_split
+from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
 from pipeline.store import Store, digests_read
 from pipeline.target import Memory
@@ -54,6 +55,15 @@ class Plan:
         return self.graph.final
 
     @property
+    def final_spec(self) -> ModelSpec:
+        """Of the checkpoint that the pipeline is for."""
+        if self.final == SOURCE_MODEL:
+            return self.source.model_spec
+        spec = next(node for node in self.nodes if node.name == self.final.node).expected[self.final.port]
+        assert isinstance(spec, ModelSpec), "the final output is a checkpoint"
+        return spec
+
+    @property
     def source(self) -> Checkpoint:
         model = self.sources[SOURCE_MODEL]
         assert isinstance(model, Checkpoint)
@@ -86,18 +96,18 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     nodes = tuple(planned for node in graph.nodes if (planned := evaluation.node(node, graph)))
     if problems:
         raise RecipeError(problems)
-    return Plan(recipe, graph, recipe_digest(recipe), nodes, sources)
+    return Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
 
 
-def recipe_digest(recipe: Recipe) -> str:
-    """Identity of the recipe as written: equal recipes share a run folder, whatever machine or settings run them."""
+def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:
+    """Identity of the recipe and of what it reads: equal ones share a run folder, wherever their files lie and whatever runs them."""
     stages = {
         name: {"stage": config.stage.name, "params": non_default(config.stage.params), "inputs": dict(config.inputs)}
         for name, config in recipe.stages.items()
         if name in recipe.order
     }
-    sources = {"model": non_default(recipe.model), "data": non_default(recipe.data)}
-    return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, **sources})
+    read = {str(ref): artifact.key for ref, artifact in sources.items()}
+    return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, "sources": read})
 
 
 class _Evaluation:

@@ -1,17 +1,18 @@
 """A composed config becomes a frozen `Recipe`: what to do, to which model, with which data. Hydra ends here.
 
-Recipes are data. Before anything is composed, `check_document` refuses in a recipe file whatever could run code or read the
-machine: `hydra` settings, `_target_` and its kin, and interpolations that call a resolver (`${oc.env:TOKEN}`). Then every
-field is validated, unknown keys are refused, and all problems are reported at once as `stage.field: what; what instead`.
+Recipes are data. Before anything is composed, `check_document` refuses in a recipe file whatever could run code, read the machine or
+choose where to write: `hydra` settings, `_target_` and its kin, interpolations that call a resolver (`${oc.env:TOKEN}`), and the
+fields of `Settings`. Then every field is validated, unknown keys are refused, and all problems are reported at once as
+`stage.field: what is wrong; what to write instead`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
@@ -20,6 +21,7 @@ from pipeline.target import Target
 
 ASSETS = "assets:"
 Model = TypeVar("Model", bound=BaseModel)
+NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # it names folders and stands in references
 PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
 
 
@@ -81,6 +83,13 @@ class TrackingSettings(Frozen):
     uri: str | None = None
     experiment: str = "llmpress"
 
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri and re.search(r"//[^/@\s]*:[^/@\s]*@", uri):
+            raise ValueError("it holds a password, which settings are written to disk with; set MLFLOW_TRACKING_URI instead")
+        return uri
+
 
 class Settings(Frozen):
     """How to run: nothing here changes a result."""
@@ -93,32 +102,32 @@ class Settings(Frozen):
 
 
 def check_document(document: Any, where: str) -> None:
-    """RecipeError for anything in a recipe file that could run code or leak the environment. `document` is its plain content."""
-    problems: list[str] = []
-
-    def visit(value: Any, path: str) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                spot = f"{path}.{key}".lstrip(".")
-                name = str(key)
-                if re.search(r"(^|[/@ ])hydra($|[/@. ])", name):
-                    problems.append(f"{where}: {spot}: a recipe cannot set `hydra`; pass it on the command line instead")
-                elif re.fullmatch(r"_(target|partial|recursive|convert|args)_", name):
-                    problems.append(f"{where}: {spot}: a recipe cannot name code to run; name a stage of the registry instead")
-                else:
-                    visit(item, spot)
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                visit(item, f"{path}[{i}]")
-        elif isinstance(value, str):
-            if "${" in PLAIN_REFERENCE.sub("", value):
-                problems.append(f"{where}: {path}: only plain references such as ${{serve.context}} are read; write the value itself")
-            elif path.startswith("defaults") and re.search(r"(^|[/ ])hydra($|/)", value):
-                problems.append(f"{where}: {path}: a recipe cannot choose `hydra` groups; pass them on the command line instead")
-
-    visit(document, "")
+    """RecipeError for whatever a recipe file may not hold; `document` is its plain content, `where` its name."""
+    own = sorted(set(document) & set(Settings.model_fields)) if isinstance(document, Mapping) else []
+    problems = [f"{key}: a recipe says what to do, not how or where; pass `{key}` on the command line instead" for key in own]
+    problems += _hostile(document, "")
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(f"{where}: {problem}" for problem in problems)
+
+
+def _hostile(value: Any, path: str) -> Iterator[str]:
+    """What in a document could run code or read the environment, each with its place."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            spot = f"{path}.{key}".lstrip(".")
+            if re.search(r"\bhydra\b", str(key)):
+                yield f"{spot}: a recipe cannot set `hydra`; pass it on the command line instead"
+            elif re.fullmatch(r"_(target|partial|recursive|convert|args)_", str(key)):
+                yield f"{spot}: a recipe cannot name code to run; name a stage of the registry instead"
+            else:
+                yield from _hostile(item, spot)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _hostile(item, f"{path}[{i}]")
+    elif isinstance(value, str) and "${" in PLAIN_REFERENCE.sub("", value):
+        yield f"{path}: only plain references such as ${{serve.context}} are read; write the value itself"
+    elif isinstance(value, str) and path.startswith("defaults") and re.search(r"\bhydra\b", value):
+        yield f"{path}: a recipe cannot choose `hydra` groups; pass them on the command line instead"
 
 
 def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]:
@@ -167,13 +176,13 @@ def _read_order(order: Any, problems: list[str]) -> tuple[str, ...]:
     return tuple(order)
 
 
-def _read_target(content: Mapping[str, Any], problems: list[str]) -> Target | None:
-    return Target.host() if dict(content) == {"name": "host"} else _validated(Target, content, "target", problems)
+def _read_target(content: Any, problems: list[str]) -> Target | None:
+    return Target.host() if content == {"name": "host"} else _validated(Target, content, "target", problems)
 
 
-def _read_stage(node: str, content: Any, problems: list[str]) -> StageConfig | None:
+def _read_stage(node: Any, content: Any, problems: list[str]) -> StageConfig | None:
     where = f"stages.{node}"
-    if "@" in node or "." in node or node in ("model", "data"):
+    if not isinstance(node, str) or not NODE_NAME.fullmatch(node) or node in ("model", "data"):
         problems.append(f"{where}: '{node}' cannot be a stage's name; use letters, digits and _ only, and not `model` or `data`")
         return None
     if not isinstance(content, Mapping) or not isinstance(content.get("stage"), str):
@@ -206,7 +215,7 @@ def _validated(kind: type[Model], content: Any, where: str, problems: list[str])
                 message = f"there is no such parameter{did_you_mean(str(row['loc'][-1]), kind.model_fields)}"
             elif row["type"] == "missing":
                 message = "a value is needed"
-            elif row["loc"]:
+            elif row["loc"] and row["loc"][-1] != "uri":  # whose value may hold a password
                 message = f"{row['input']!r} does not fit; {message[0].lower()}{message[1:]}"
             problems.append(f"{spot or 'recipe'}: {message}")
         return None
@@ -214,4 +223,9 @@ def _validated(kind: type[Model], content: Any, where: str, problems: list[str])
 
 def resolve_path(written: str, resources: Path) -> Path:
     """`assets:x` is a file the product ships; anything else is relative to the working folder."""
-    return resources / "assets" / written.removeprefix(ASSETS) if written.startswith(ASSETS) else Path(written).expanduser()
+    if written.startswith(ASSETS):
+        return resources / "assets" / written.removeprefix(ASSETS)
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{written}: there is no such user; write the folder's full path") from None

@@ -17,6 +17,7 @@ from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL
 from pipeline.layout import Frozen, WeightFormat
 from pipeline.plan import Plan, PlannedNode
 from pipeline.spec import ModelSpec
+from pipeline.store import write_whole
 
 StageStatus = Literal["hit", "ran", "failed", "interrupted", "not reached"]
 Verdict = Literal["complete", "failed", "interrupted"]
@@ -73,7 +74,7 @@ class Report(Frozen):
     error: str | None
 
     def write(self, run_dir: Path) -> None:
-        (run_dir / "report.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_whole(run_dir / "report.json", self.model_dump_json(indent=1) + "\n")
 
 
 @dataclass
@@ -164,7 +165,7 @@ def artifact_bytes(manifest: Manifest) -> int:
 
 def headline(plan: Plan, stages: tuple[StageReport, ...]) -> dict[str, float]:
     """Size of the final model (`compression_ratio` is source bytes by final bytes) and the quality that a stage measured of it."""
-    spec = _final_spec(plan)
+    spec = plan.final_spec
     metrics = model_facts(spec) | {"compression_ratio": round(plan.source.model_spec.nbytes / spec.nbytes, 4)}
     judge = _judge(plan, stages)
     return metrics | (_quality(judge) if judge else {})
@@ -226,17 +227,9 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
     )
 
 
-def _final_spec(plan: Plan) -> ModelSpec:
-    if plan.final == SOURCE_MODEL:
-        return plan.source.model_spec
-    expected = next(node for node in plan.nodes if node.name == plan.final.node).expected[plan.final.port]
-    assert isinstance(expected, ModelSpec), "the final output is a checkpoint"
-    return expected  # the guard has held the files to it
-
-
 def _final(plan: Plan, record: RunRecord) -> FinalModel:
     made = plan.final != SOURCE_MODEL
-    packed = next((group.format for group in _final_spec(plan).linear_groups if not group.format.is_dense), WeightFormat())
+    packed = next((group.format for group in plan.final_spec.linear_groups if not group.format.is_dense), WeightFormat())
     return FinalModel(
         node=plan.final.node,
         type=plan.graph.types[plan.final].__name__,

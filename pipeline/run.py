@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.collect import collect
+from pipeline.collect import collect, using
 from pipeline.errors import LlmpressError, StoreError
-from pipeline.executor import Listener, execute
+from pipeline.executor import Listener, NodeResult, execute
 from pipeline.export import check_export, export_model
 from pipeline.graph import SOURCE_MODEL
 from pipeline.plan import Plan, make_plan
@@ -22,29 +22,28 @@ from pipeline.progress import Display
 from pipeline.recipe import Recipe, Settings
 from pipeline.report import Report, RunRecord, build_report
 from pipeline.report_table import print_report
-from pipeline.store import SHORT, Store, check_writable, explain_os_error
+from pipeline.store import SHORT, Store, check_writable, explain_os_error, write_whole
 from pipeline.target import format_size
-from pipeline.tracking import Tracker, without_password
+from pipeline.tracking import Tracker
 
 
 def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: Path) -> dict[str, float]:
     """Do what `mode` says; returns the headline metrics (none for a plan). `composed` is the config as YAML."""
     root = outputs_folder(settings)
     store = Store(root)
+    plan = make_plan(recipe, store, resources, execute=False)  # what is wrong is found before a long digest or download, or any writing
     if settings.mode == "plan":
-        plan = make_plan(recipe, store, resources, execute=False)
         if settings.format == "json":
             print(json.dumps(plan_json(plan), indent=1))
         else:
             print_plan(plan, Console())
         return {}
-    export_to = Path(settings.export_to).expanduser() if settings.export_to else None
-    if export_to:
-        check_export(export_to)
-    make_plan(recipe, store, resources, execute=False)  # finds what is wrong before a long digest or download, and before writing
+    if settings.export_to:
+        check_export(plan, export_folder(settings))
     check_writable(root)
     try:
-        return _execute(make_plan(recipe, store, resources, execute=True), settings, store, composed, export_to)
+        with using(store):
+            return _execute(make_plan(recipe, store, resources, execute=True), settings, store, composed)
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
 
@@ -53,48 +52,58 @@ def outputs_folder(settings: Settings) -> Path:
     return Path(settings.outputs).expanduser().resolve()
 
 
+def export_folder(settings: Settings) -> Path:
+    return Path(settings.export_to or "").expanduser().absolute()
+
+
 def collect_unused(settings: Settings) -> dict[str, float]:
     """`mode=gc`: say what was removed."""
-    collected = collect(Store(outputs_folder(settings)))
+    root = outputs_folder(settings)
+    try:
+        collected = collect(Store(root))
+    except OSError as error:
+        raise StoreError(explain_os_error(error, root)) from None
     for folder in collected.removed:
         print(f"removed {folder.name}")
     print(f"freed {format_size(collected.nbytes)}; {collected.kept} artifacts are used by runs and stay")
     return {}
 
 
-def _execute(plan: Plan, settings: Settings, store: Store, composed: str, export_to: Path | None) -> dict[str, float]:
+def _execute(plan: Plan, settings: Settings, store: Store, composed: str) -> dict[str, float]:
     run_dir = store.root / "runs" / plan.recipe.name / plan.digest[:SHORT]
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(without_password(composed), encoding="utf-8")
-    (run_dir / "plan.json").write_text(json.dumps(plan_json(plan), indent=1) + "\n", encoding="utf-8")
+    write_whole(run_dir / "recipe.yaml", composed)
+    write_whole(run_dir / "plan.json", json.dumps(plan_json(plan), indent=1) + "\n")
     record = RunRecord(run_dir)
     tracker = Tracker(plan, settings.tracking, store.root, run_dir) if settings.tracking.enabled else None
     listeners: list[Listener] = [record, Display(), *([tracker] if tracker else [])]
     error: LlmpressError | None = None
+    results: list[NodeResult] = []
     try:
-        execute(plan, store, run_dir, listeners)
+        results = execute(plan, store, run_dir, listeners)
+        _link_model(plan, store, run_dir)
     except LlmpressError as caught:
         error = caught
-    if error is None:
-        _link_model(plan, store, run_dir)
-        if export_to:
-            export_model(plan, run_dir / "model", export_to)
     report = build_report(plan, record, error)
     report.write(run_dir)
-    _show(report, settings, tracker, error)
+    _show(report, settings, tracker)
+    if error is not None:
+        raise error
+    if settings.export_to:
+        manifest = next(result.manifest for result in results if result.node.name == plan.final.node)
+        export_model(plan, run_dir / "model", manifest, export_folder(settings))
+        print(f"export   {settings.export_to}", file=sys.stderr)
     return report.metrics
 
 
-def _show(report: Report, settings: Settings, tracker: Tracker | None, error: LlmpressError | None) -> None:
-    """Print the report, hand it to MLflow, and raise what ended the run."""
+def _show(report: Report, settings: Settings, tracker: Tracker | None) -> None:
+    """Hand the report to MLflow and print it."""
     line = tracker.finish(report) if tracker else ""
     if settings.format == "json":
         print(report.model_dump_json(indent=1))
         print(line, file=sys.stderr)
     else:
         print_report(report, Console(), line)
-    if error is not None:
-        raise error
 
 
 def _link_model(plan: Plan, store: Store, run_dir: Path) -> None:

@@ -26,6 +26,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Union
 
+from pydantic import Field
+
 from pipeline.artifact import Artifact
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
@@ -95,7 +97,9 @@ class Stage(ABC):
     class Execution(Frozen):
         """What changes only how it is computed."""
 
-        memory_limit: Size | None = None  # the worker's data segment, in bytes; exceeding it ends the stage, not the machine
+        memory_limit: Size | None = Field(
+            default=None, ge=1
+        )  # the worker's data segment, in bytes; exceeding it ends the stage, not the machine
 
     def __init__(self, params: Any = None, execution: Any = None) -> None:
         self.params = params if params is not None else self.Params()
@@ -183,5 +187,8 @@ def find_stage(name: str) -> type[Stage]:
     if path is None:
         raise RecipeError(f"stage '{name}' does not exist{did_you_mean(name, stage_names())}")
     module, _, attribute = path.partition(":")
-    stage: type[Stage] = getattr(importlib.import_module(module), attribute)
+    try:
+        stage: type[Stage] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"stage '{name}' cannot be loaded from {path} ({error}); mend or uninstall that package") from None
     return stage

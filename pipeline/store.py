@@ -22,6 +22,7 @@ from pipeline.errors import StoreError
 from pipeline.identity import content_digest
 
 SHORT = 12
+MARKER = ".llmpress"  # in the outputs folder, so that nothing is ever collected from another
 
 
 class Store:
@@ -128,13 +129,18 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
 
 def check_writable(root: Path) -> None:
     """StoreError where the outputs folder cannot be written, found before any work is done."""
-    probe = root / f".writable-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"llmpress")
-        probe.unlink()
+        write_whole(root / MARKER, "outputs of llmpress: store/, runs/, scratch/, locks/, mlflow.db\n")
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace a small file in one step: a reader, also after a crash, sees the old text or the new."""
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def explain_os_error(error: OSError, place: Path) -> str:

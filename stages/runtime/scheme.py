@@ -5,9 +5,10 @@ A scheme here is weight-only, integer, by groups of consecutive input columns (`
 """
 
 import math
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES
@@ -26,6 +27,17 @@ class WeightQuantization(Stage.Params):
     group_size: int = Field(default=128, ge=1)
     symmetric: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns_compile(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in ignore:
+            try:
+                re.compile(entry)
+            except re.error as error:
+                if entry.startswith("re:"):
+                    raise ValueError(f"'{entry}' is not a regular expression: {error}") from None
+        return ignore
 
     @property
     def format(self) -> WeightFormat:

@@ -86,6 +86,10 @@ def test_a_checkpoint_that_is_missing_truncated_or_pickled_is_named(run: Run, fo
         "stages: {prune: {_target_: os.system}}",
         "export_to: ${oc.env:SECRET}",
         "export_to: ${oc.decode:'${oc.env:SECRET}'}",
+        "serve: {context: '${oc.env:SECRET}'}",
+        "mode: gc",
+        "outputs: /somewhere/else",
+        "tracking: {uri: 'http://127.0.0.1:1'}",
     ],
 )
 def test_a_hostile_recipe_runs_nothing_and_leaks_nothing(run: Run, folder: Path, line: str) -> None:
@@ -119,6 +123,51 @@ def test_an_export_never_overwrites(run: Run, folder: Path) -> None:
     (folder / "taken" / "precious").write_text("data")
     outcome = run("recipe=mine.yaml", "export_to=taken")
     assert outcome.code == 2
-    assert outcome.errors == ["error: export_to: taken exists already; name a new folder"]
+    assert outcome.errors[0].endswith("taken exists already; name a new folder")
     assert (folder / "taken" / "precious").read_text() == "data"
+    assert not (folder / "outputs").exists()
+
+
+def test_a_stage_s_name_cannot_lead_out_of_the_run_s_folder(run: Run, folder: Path) -> None:
+    """Node names become folders of logs, and those are replaced."""
+    victim = folder / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("data")
+    recipe = (folder / "mine.yaml").read_text().replace("stages.quantize: rtn", f'"stages.{victim}": rtn')
+    (folder / "evil.yaml").write_text(recipe + f"  {victim}: {{stage: rtn, group_size: 64}}\n")
+    outcome = run("recipe=evil.yaml", f"order=['{victim}']")
+    assert outcome.code == 2
+    assert (victim / "precious").read_text() == "data"
+
+
+def test_gc_touches_nothing_that_llmpress_did_not_make(run: Run, folder: Path) -> None:
+    for name in ("scratch/thesis", "store/my-photos"):
+        (folder / "outputs" / name).mkdir(parents=True)
+    outcome = run("mode=gc")
+    assert outcome.code == 5 and "is not an outputs folder of llmpress" in outcome.errors[0]
+    (folder / "outputs" / ".llmpress").write_text("")
+    assert run("mode=gc").code == 0
+    assert (folder / "outputs" / "scratch" / "thesis").is_dir() and (folder / "outputs" / "store" / "my-photos").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["export_to=mine.yaml"], "export_to: "),
+        (["order=[evaluate]", "export_to=new"], "export_to: the recipe makes no model"),
+        (["export_to=mine.yaml/model"], "export_to: "),
+        (["export_to=${"], "export_to=${"),
+        (["model.path='~nosuchuser/x'"], "model: ~nosuchuser/x: there is no such user"),
+        (["stages.quantize.ignore=['re:(']"], "stages.quantize.ignore: "),
+        (["stages.quantize.execution.memory_limit=-1"], "stages.quantize.execution.memory_limit: -1 does not fit"),
+        (["+stages.quantize.inputs.model=model.tpyo"], "stages.quantize.inputs.model: there is no 'model.tpyo' before it"),
+        (["tracking.uri=postgresql://me:hunter2@host/db"], "tracking.uri: it holds a password"),
+        (["data.splits.eval=data/calibration.txt", "stages.prune.importance=activation"], "data.splits: "),
+    ],
+)
+def test_what_would_break_late_is_refused_early(run: Run, folder: Path, arguments: list[str], sentence: str) -> None:
+    outcome = run("recipe=mine.yaml", *arguments)
+    assert outcome.code == 2
+    assert outcome.errors[0].startswith(f"error: {sentence}")
+    assert "hunter2" not in outcome.out + outcome.err
     assert not (folder / "outputs").exists()
