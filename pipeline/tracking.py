@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.artifact import Manifest
-from pipeline.identity import digest
+from pipeline.identity import digest, non_default
 from pipeline.plan import Plan, PlannedNode
 from pipeline.recipe import ModelSource, TrackingSettings
 from pipeline.report import Report, artifact_bytes, model_facts
@@ -202,9 +202,12 @@ def short_name(plan: Plan) -> str:
 
 
 def short_stage(node: PlannedNode) -> str:
-    """A quantizing stage by its method and width, any other by the recipe's own name for it."""
+    """A quantizing stage by its method, width and unusual group size (`gptq4g64`), any other by the recipe's own name for it."""
     num_bits = getattr(node.stage.params, "num_bits", None)
-    return f"{node.stage.name}{num_bits}" if num_bits is not None else node.name.partition("@")[0]
+    if num_bits is None:
+        return node.name.partition("@")[0]
+    group_size = non_default(node.stage.params).get("group_size")
+    return f"{node.stage.name}{num_bits}" + (f"g{group_size}" if group_size else "")
 
 
 def measurements(manifest: Manifest) -> dict[str, float]:

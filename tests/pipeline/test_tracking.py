@@ -102,7 +102,7 @@ def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tm
     assert spools(tracker.run_dir) == []
     client = MlflowClient(tracking_uri=tracker.uri)
     (pipeline,) = pipelines(client)
-    assert (pipeline.info.run_name, pipeline.info.status) == ("prune>rtn4>evaluate", "FINISHED")
+    assert (pipeline.info.run_name, pipeline.info.status) == ("prune>rtn4g64>evaluate", "FINISHED")
     assert pipeline.data.metrics == pytest.approx(report.metrics)
 
     started = time.monotonic()
@@ -163,7 +163,7 @@ def test_a_tracker_that_is_down_costs_a_sentence_and_the_next_run_replays(
 
     other = Tracker(plan_of(model, tmp_path, num_bits=3), TrackingSettings(), tmp_path, tmp_path / "runs" / "other" / "0")
     assert other._forgotten() == [tracker.run_dir]
-    assert [run.info.run_name for run in pipelines(replay(tmp_path, *other._forgotten()))] == ["prune>rtn4>evaluate"]
+    assert [run.info.run_name for run in pipelines(replay(tmp_path, *other._forgotten()))] == ["prune>rtn4g64>evaluate"]
     assert spools(tracker.run_dir) == []
 
 
@@ -228,7 +228,7 @@ def test_an_execution_holds_curves_and_planned_beside_measured(model: Path, tmp_
     plan = plan_of(model, tmp_path)
     run(plan, tmp_path, Unrecorded)
     client = replay(tmp_path, folder_of(plan, tmp_path))
-    (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4'")
+    (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4g64'")
     curve = client.get_metric_history(execution.info.run_id, "loss")
     assert [(point.step, point.value) for point in curve] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
     metrics = execution.data.metrics
@@ -267,7 +267,7 @@ def test_a_replay_that_was_cut_short_doubles_nothing(model: Path, tmp_path: Path
     spool.write_bytes(content)  # as if the recorder had died before it deleted the spool
     client = replay(tmp_path, folder)
     assert (len(pipelines(client)), len(found(client)), len(found(client, "llmpress-stages"))) == (1, 5, 4)
-    (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4'")
+    (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4g64'")
     assert len(client.get_metric_history(execution.info.run_id, "loss")) == 3
 
 
@@ -299,7 +299,7 @@ def test_what_mlflow_would_refuse_is_put_into_its_form() -> None:
 
 
 def test_conversions_are_in_the_short_name(model: Path, tmp_path: Path) -> None:
-    assert short_name(plan_of(model, tmp_path, order=["quantize", "prune", "evaluate"])) == "rtn4>dequantize>prune>evaluate"
+    assert short_name(plan_of(model, tmp_path, order=["quantize", "prune", "evaluate"])) == "rtn4g64>dequantize>prune>evaluate"
 
 
 def test_the_view_is_as_short_as_the_working_folder_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
