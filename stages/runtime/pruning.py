@@ -1,17 +1,14 @@
 """Cut a checkpoint smaller while it streams by: each layer is read once, scored, gathered and written.
 
 The matrices of one layer are held at a time, in buffers that the next layer uses again; fresh pages would cost more than
-the copying itself. What is not cut goes through a small buffer from file to file. A thread writes one tensor while the next is
-read, scored and gathered.
+the copying itself. What is not cut goes through a small buffer from file to file.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
@@ -56,21 +53,21 @@ class Pruner:
     head_scores: torch.Tensor | None = None
     neuron_scores: torch.Tensor | None = None
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    _gathered: list[torch.Tensor] = field(default_factory=list)  # two: one is being written while the other is filled
+    _gathered: torch.Tensor | None = None
 
     def write(self, folder: Path, kept_layers: list[int], progress: Callable[[int, int], None]) -> None:
         """Write the weights of the pruned model. `progress` takes layers done and layers in all."""
         known = ModelSpec.of(self.old).tensors()  # leaves out what old savers left: rotary buffers, a tied copy of the embedding
         outside = [name for name in self.source.table if name in known and not name.startswith("model.layers.")]
-        with CheckpointWriter(folder) as writer, WriteBehind(writer) as behind:
+        with CheckpointWriter(folder) as writer:
             for name in outside:
-                behind.copy(name, self.source, name)
+                writer.copy(name, self.source)
             for new, old in enumerate(kept_layers):
                 progress(new, len(kept_layers))
-                self._write_layer(behind, old, new)
+                self._write_layer(writer, old, new)
         progress(len(kept_layers), len(kept_layers))
 
-    def _write_layer(self, behind: "WriteBehind", old: int, new: int) -> None:
+    def _write_layer(self, writer: CheckpointWriter, old: int, new: int) -> None:
         source, target = f"model.layers.{old}.", f"model.layers.{new}."
         cut: dict[str, tuple[int, str]] = {}
         if self.new.num_heads < self.old.num_heads:
@@ -80,14 +77,14 @@ class Pruner:
         names = [name.removeprefix(source) for name in self.source.table if name.startswith(source)]
         for name in names:
             if name not in cut and not name.endswith("rotary_emb.inv_freq"):  # left by old savers, recomputed by every reader
-                behind.copy(target + name, self.source, source + name)
+                writer.copy(target + name, self.source, source + name)
         for block, choose in ((ATTENTION, self._choose_heads), (MLP, self._choose_neurons)):
             weights = {name: self._read(source, name) for name in names if name in cut and name in block}
             if weights:
                 kept = choose(old, weights)
                 for name, weight in weights.items():
                     dimension, units = cut[name]
-                    behind.add(target + name, self._gather(weight, dimension, kept[units]))
+                    writer.add(target + name, self._gather(weight, dimension, kept[units]))
 
     def _choose_heads(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows to keep of the query and of the key and value projections."""
@@ -115,44 +112,13 @@ class Pruner:
         return self._buffers[name]
 
     def _gather(self, weight: torch.Tensor, dimension: int, kept: torch.Tensor) -> torch.Tensor:
-        """The kept rows or columns, in a buffer that the next call but one overwrites."""
+        """The kept rows or columns, in a buffer that the next call overwrites."""
         shape = [len(kept) if d == dimension else size for d, size in enumerate(weight.shape)]
         count = math.prod(shape)
-        buffer = self._gathered.pop(0) if len(self._gathered) == 2 else torch.empty(0, dtype=weight.dtype)
-        if buffer.numel() < count:
-            buffer = torch.empty(count, dtype=weight.dtype)
-        self._gathered.append(buffer)
-        out = buffer[:count].view(shape)
+        if self._gathered is None or self._gathered.numel() < count or self._gathered.dtype != weight.dtype:
+            self._gathered = torch.empty(count, dtype=weight.dtype)
+        out = self._gathered[:count].view(shape)
         return gather_columns(weight, kept, out) if dimension else torch.index_select(weight, 0, kept, out=out)
-
-
-class WriteBehind:
-    """A writer's `add` and `copy` in a thread, one at a time: a call waits for the call before it and raises that one's error."""
-
-    def __init__(self, writer: CheckpointWriter) -> None:
-        self.writer, self.thread = writer, ThreadPoolExecutor(1)
-        self.running: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.thread.shutdown()
-        if kind is None:
-            self._wait()
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """`tensor` must not change before the next call returns."""
-        self._wait()
-        self.running = self.thread.submit(self.writer.add, name, tensor)
-
-    def copy(self, name: str, reader: TensorReader, source: str) -> None:
-        self._wait()
-        self.running = self.thread.submit(self.writer.copy, name, reader, source)
-
-    def _wait(self) -> None:
-        if self.running is not None:
-            self.running.result()
 
 
 def pruned_config(config: Mapping[str, Any], new: Architecture, kept_layers: list[int]) -> dict[str, Any]:

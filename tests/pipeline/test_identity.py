@@ -1,6 +1,9 @@
 """Keys: goldens that may only change on purpose, and what must and must not be in them."""
 
 import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +11,7 @@ import pytest
 
 from pipeline import identity
 from pipeline.artifact import DenseCheckpoint
-from pipeline.identity import DigestMemo, canonical, data_key, folder_key, hub_key, non_default, stage_key
+from pipeline.identity import DigestMemo, canonical, data_key, folder_key, hub_key, model_files, non_default, stage_key
 from pipeline.stage import Context, Stage
 
 
@@ -38,9 +41,13 @@ def test_golden_keys() -> None:
     """A change here means that every user's store is recomputed: raise IDENTITY_SCHEMA and say so in the changelog."""
     assert canonical({"b": [1, 2.0, None, True], "a": "\u00e9"}) == '{"a":"\\u00e9","b":[1,2.0,null,true]}'
     assert hub_key("org/model", "abc") == "346ae8126d0846e6f8f747612a3a8afc84a7a08cb530d6e7747561974ba1b9fb"
-    assert data_key("text", "00") == "cbbc260f485d04c2eb8abc430c43b746302b3eb6811c07152380eb59db1e192e"
+    assert data_key("text", "jsonl", "00") == "03a15f1f817f82fe8c8b0ba36f84af2a82e7e93d270af2c937f9b474c8b0346a"
     assert folder_key({"config.json": "00"}) == "5a20b4e01d7f0506a95ceb635998ac0aa4dc612b15347641287294f86d6ccb41"
     assert stage_key(Scale(), {"model": "11"}) == "03945231d6157f0265776fbfc5df92834769a97112d2c01d5e36c4366a8a39f7"
+
+
+def test_the_same_bytes_parsed_another_way_are_other_data() -> None:
+    assert data_key("text", "jsonl", "00") != data_key("text", "txt", "00")
 
 
 def test_execution_is_never_in_a_key() -> None:
@@ -77,11 +84,71 @@ def test_the_memo_forgets_a_changed_file(tmp_path: Path) -> None:
     assert again.compute(file) != first
 
 
-def test_a_damaged_memo_is_only_a_memo(tmp_path: Path) -> None:
-    (tmp_path / "memo.json").write_text("{")
+def test_the_memo_is_not_deceived_by_a_modification_time_set_back(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    before = file.stat()
+    memo = DigestMemo(tmp_path / "memo.json")
+    memo.compute(file)
+    time.sleep(0.02)  # longer than the clock of a file system's change times ticks
+    file.write_bytes(b"two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert memo.known(file) is None
+
+
+def test_the_memo_sees_that_another_file_took_the_place(tmp_path: Path) -> None:
+    file, other = tmp_path / "weights", tmp_path / "other"
+    file.write_bytes(b"one")
+    memo = DigestMemo(tmp_path / "memo.json")
+    memo.compute(file)
+    other.write_bytes(b"two")
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    other.replace(file)
+    assert memo.known(file) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"/x": 5}', '{"/x": [1, 2, "old form"]}', "\x00", "[" * 100_000])
+def test_a_damaged_memo_is_only_a_memo(tmp_path: Path, content: str) -> None:
+    (tmp_path / "memo.json").write_text(content.replace("/x", str(tmp_path / "weights")))
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     assert len(DigestMemo(tmp_path / "memo.json").compute(file)) == 64
+
+
+def test_a_memo_with_nothing_new_is_not_written(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    memo = DigestMemo(tmp_path / "memo.json")
+    memo.save()
+    assert not memo.file.exists()
+    memo.compute(file)
+    memo.save()
+    written = memo.file.stat().st_ino
+    again = DigestMemo(memo.file)
+    again.compute(file)
+    again.save()
+    assert memo.file.stat().st_ino == written
+
+
+def test_memos_saved_at_once_never_fail_and_leave_one_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    memos = [DigestMemo(tmp_path / "memo.json") for _ in range(200)]
+    for memo in memos:
+        memo.compute(file)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(DigestMemo.save, memos))
+    assert DigestMemo(tmp_path / "memo.json").known(file)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["memo.json", "weights"]
+
+
+def test_a_model_s_key_covers_every_file_that_its_tokenizer_may_read(tmp_path: Path) -> None:
+    names = ["config.json", "model.safetensors", "additional_chat_templates/tools.jinja", "chat_template.json", "vocab.txt", "a.model"]
+    for name in [*names, "qwen.tiktoken", "README.md", "additional_chat_templates/notes.txt", "pytorch_model.bin"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert sorted(model_files(tmp_path)) == sorted([*names, "qwen.tiktoken"])
 
 
 def test_the_fingerprint_sees_code_and_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

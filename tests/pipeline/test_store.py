@@ -9,7 +9,7 @@ import pytest
 from pipeline.artifact import MANIFEST, Manifest
 from pipeline.errors import StoreError
 from pipeline.identity import content_digest
-from pipeline.store import Store, check_writable, digests_read, file_records
+from pipeline.store import MARKER, Store, check_writable, digests_read, file_records
 
 KEY = "0123456789abcdef" * 4
 SAME_START = KEY[:12] + "f" * 52
@@ -126,6 +126,6 @@ def test_an_unwritable_folder_is_one_sentence_for_root_too(tmp_path: Path) -> No
             check_writable(Path("/proc/llmpress"))
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_a_writable_folder_is_made_and_marked_as_llmpress_s(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "outputs")
-    assert not os.listdir(tmp_path / "new" / "outputs")
+    assert os.listdir(tmp_path / "new" / "outputs") == [MARKER]

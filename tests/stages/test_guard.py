@@ -65,6 +65,7 @@ def test_damaged_weights(packed: QuantizedCheckpoint, change: Callable, sentence
         (lambda c: c["quantization_config"].update(ignore=[]), "quantization_config describes other layers"),
         (lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=16), "another scheme"),
         (lambda c: c.update(dtype="float16"), "config.json says dtype F16, expected BF16"),
+        (lambda c: c.update(head_dim="16"), "config.json: head_dim is '16'; input should be a valid integer"),
         (lambda c: c.update(num_hidden_layers=2), "config.json says num_layers 2, expected 3"),
     ],
 )

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.artifact import DatasetSpec
 from pipeline.spec import Architecture, ModelSpec
 from pipeline.target import Target
 from stages.structured_prune import StructuredPrune
 
 TARGET = Target(name="host")
+CALIBRATION = DatasetSpec(split="calibration", digest="00", nbytes=1)
 LLAMA_70B = Architecture(
     model_type="llama", dtype="BF16", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64,
     num_kv_heads=8, head_dim=128, max_position=131072,
@@ -40,7 +42,7 @@ LLAMA_70B = Architecture(
 )
 def test_ratios_go_to_the_nearest_legal_count(params: dict[str, Any], sizes: tuple[int, ...], sentence: str) -> None:
     stage, model = StructuredPrune.from_dict(params), ModelSpec.of(LLAMA_70B)
-    a = stage.infer(model).architecture
+    a = stage.infer(model, CALIBRATION).architecture
     assert (a.num_heads, a.num_kv_heads, a.intermediate_size, a.num_layers) == sizes
     assert (a.hidden_size, a.head_dim, a.vocab_size) == (8192, 128, 128256)
     assert stage.explain(model)[0] == sentence
@@ -48,11 +50,11 @@ def test_ratios_go_to_the_nearest_legal_count(params: dict[str, Any], sizes: tup
 
 def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_a_mistral_and_the_plan_says_so() -> None:
     stage, model = StructuredPrune(StructuredPrune.Params(num_kv_heads=7)), ModelSpec.of(LLAMA_70B)
-    assert stage.infer(model).architecture.model_type == "mistral"
+    assert stage.infer(model, CALIBRATION).architecture.model_type == "mistral"
     assert stage.explain(model)[1].startswith(
         "model_type: written as mistral, because transformers refuses a llama config whose hidden_size 8192"
     )
-    assert StructuredPrune(StructuredPrune.Params(num_kv_heads=4)).infer(model).architecture.model_type == "llama"
+    assert StructuredPrune(StructuredPrune.Params(num_kv_heads=4)).infer(model, CALIBRATION).architecture.model_type == "llama"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -79,19 +81,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("params", "sentence"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_cannot_be_or_has_no_effect_is_refused_in_a_sentence(params: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as refusal:
-        StructuredPrune.from_dict(params).infer(ModelSpec.of(LLAMA_70B))
+        StructuredPrune.from_dict(params).infer(ModelSpec.of(LLAMA_70B), CALIBRATION)
     assert sentence in str(refusal.value)
 
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"^head_ratio: .*; mlp_ratio: .*; layer_ratio: "):
-        StructuredPrune.from_dict({"head_ratio": 0.01, "mlp_ratio": 0.001, "layer_ratio": 0.999}).infer(ModelSpec.of(LLAMA_70B))
+        StructuredPrune.from_dict({"head_ratio": 0.01, "mlp_ratio": 0.001, "layer_ratio": 0.999}).infer(
+            ModelSpec.of(LLAMA_70B), CALIBRATION
+        )
 
 
 def test_a_biased_llama_cannot_become_a_mistral() -> None:
     biased = ModelSpec.of(LLAMA_70B.model_copy(update={"qkv_bias": True, "o_bias": True}))
     with pytest.raises(ValueError, match=r"^head_ratio: 56 heads do not divide hidden_size 8192: .* has no biases"):
-        StructuredPrune.from_dict({"head_ratio": 0.125}).infer(biased)
+        StructuredPrune.from_dict({"head_ratio": 0.125}).infer(biased, CALIBRATION)
 
 
 def test_calibration_is_wired_only_where_it_is_used() -> None:
@@ -109,7 +113,7 @@ def test_a_70b_model_is_pruned_in_the_memory_of_a_layer() -> None:
     layer = 2 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     assert memory.ram["the matrices of one layer"] == layer
     assert layer < memory.totals["ram"] < 1.5 * layer
-    assert memory.disk == {"checkpoint": by_magnitude.infer(model).nbytes}
+    assert memory.disk == {"checkpoint": by_magnitude.infer(model, CALIBRATION).nbytes}
     calibrated = StructuredPrune.from_dict({"mlp_ratio": 0.2, "importance": "activation", "num_samples": 128, "max_length": 2048})
     swept = calibrated.memory(model, TARGET)
     assert swept.ram["calibration hidden states"] == 128 * 2048 * 8192 * 2

@@ -110,9 +110,13 @@ def test_companions_are_the_tokenizer_and_the_given_config_only(tmp_path: Path) 
     source.mkdir()
     for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "generation_config.json", "chat_template.jinja"):
         (source / name).write_text(name)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    (source / "additional_chat_templates" / "notes.txt").write_text("must not be copied")
     for name in ("config.json", "modeling_custom.py", "model.safetensors", "training_args.bin", "README.md"):
         (source / name).write_text("must not be copied")
     copy_companions(source, target, {"model_type": "llama"})
     copied = {"tokenizer.json", "tokenizer.model", "merges.txt", "generation_config.json", "chat_template.jinja"}
-    assert {file.name for file in target.iterdir()} == copied | {"config.json"}
+    assert {file.name for file in target.iterdir()} == copied | {"config.json", "additional_chat_templates"}
+    assert [file.name for file in (target / "additional_chat_templates").iterdir()] == ["tools.jinja"]
     assert json.loads((target / "config.json").read_text()) == {"model_type": "llama"}
