@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pipeline.headers import read_json
 from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 
 MANIFEST = "artifact.json"
+FileFormat = Literal["jsonl", "txt"]
 
 
 class DatasetSpec(Frozen):
@@ -28,6 +30,7 @@ class DatasetSpec(Frozen):
 
     split: str
     format: Literal["text", "messages", "tokens"] = "text"
+    file_format: FileFormat | None = None  # how the file is parsed; None: by its suffix
     digest: str
     nbytes: int
 
@@ -105,8 +108,7 @@ class Checkpoint(Artifact):
 
     @property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
-        return config
+        return read_json(self.path / "config.json")
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,37 @@ class Dataset(Artifact):
 
     port: ClassVar[str] = "data"
 
+    @property
+    def file_format(self) -> FileFormat:
+        """As its spec says: the path may be that of a link's target or of a copy, named otherwise."""
+        if isinstance(self.spec, DatasetSpec) and self.spec.file_format:
+            return self.spec.file_format
+        return "jsonl" if self.path.suffix == ".jsonl" else "txt"
+
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yield (id, text). ValueError names the line that is no document."""
-        if self.path.suffix == ".jsonl":
-            with open(self.path, encoding="utf-8") as stream:
-                for number, line in enumerate(stream, 1):
-                    try:
-                        row = json.loads(line)
-                        text = row["text"]
-                    except (ValueError, KeyError, TypeError):
-                        raise ValueError(f'{self.path} line {number} is not a JSON object with a "text"') from None
-                    yield str(row.get("id", number)), text
-        else:
-            for number, text in enumerate(self.path.read_text(encoding="utf-8").split("<|endoftext|>"), 1):
-                if text.strip():
-                    yield str(number), text.strip()
+        """Yield (id, text). ValueError names the line that is no document, or the file that is no text."""
+        try:
+            yield from self._lines() if self.file_format == "jsonl" else self._paragraphs()
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path} is not UTF-8 text") from None
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        with open(self.path, encoding="utf-8-sig") as stream:  # -sig: without the mark that some editors put first
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError(f'{self.path} line {number} is not a JSON object with a "text" that is a string')
+                yield str(row.get("id", number)), row["text"]
+
+    def _paragraphs(self) -> Iterator[tuple[str, str]]:
+        for number, text in enumerate(self.path.read_text(encoding="utf-8-sig").split("<|endoftext|>"), 1):
+            if text.strip():
+                yield str(number), text.strip()
 
 
 @dataclass(frozen=True)
@@ -162,11 +180,11 @@ def sha256_file(file: Path) -> str:
 def tokenizer_digest(folder: Path) -> str | None:
     """Digest of what decides token ids: model, normalizer, pre-tokenizer and added tokens; None without tokenizer.json.
 
-    Not over the file, which every re-saving library formats its own way.
+    Not over the file, which every re-saving library formats its own way. CheckpointFileError where it is damaged.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     parts = {name: content.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

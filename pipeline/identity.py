@@ -5,7 +5,7 @@
     output  ["output", 1, {key, port}]                                        one output of a stage with several
     folder  ["folder", 1, {file name: sha256}]                                a model given by path: its content
     hub     ["hub", 1, {id, commit}]                                          a model given by hub id: its commit
-    data    ["data", 1, {format, sha256}]                                     one split of a dataset: its content
+    data    ["data", 1, {format, file_format, sha256}]                        one split of a dataset: its content, and how it is parsed
 
 Only non-default params enter, so adding a field with a behaviour-preserving default costs nobody a rerun. Never in a key:
 paths, hosts, devices, batch sizes, anything of `Execution`. Values without a canonical form are an error, never `str()`.
@@ -18,22 +18,22 @@ import io
 import json
 import math
 import tokenize
+import uuid
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from pipeline.artifact import Manifest, sha256_file
+from pipeline.companions import companion_files
 from pipeline.headers import weight_files
 from pipeline.stage import Stage
 
 IDENTITY_SCHEMA = 1
-# What defines a model folder besides its weights; other files (README, images) do not change what the model computes.
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+MEMO = TypeAdapter(dict[str, tuple[tuple[int, ...], str]])  # path -> (stamp, sha256)
 
 
 def canonical(value: Any, where: str = "value") -> str:
@@ -108,11 +108,12 @@ def hub_key(model_id: str, commit: str) -> str:
     return digest("hub", {"id": model_id, "commit": commit})
 
 
-def data_key(form: str, sha256: str) -> str:
-    return digest("data", {"format": form, "sha256": sha256})
+def data_key(form: str, file_format: str, sha256: str) -> str:
+    return digest("data", {"format": form, "file_format": file_format, "sha256": sha256})
 
 
 def folder_key(digests: Mapping[str, str]) -> str:
+    """From sha256 by file name, relative to the folder and with `/`."""
     return digest("folder", dict(digests))
 
 
@@ -121,43 +122,54 @@ def content_digest(manifest: Manifest) -> str:
     return folder_key({name: record.sha256 for name, record in manifest.files.items()})
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The files a model folder's key covers. CheckpointFileError where its weights are incomplete."""
-    return [folder / name for name in MODEL_FILES if (folder / name).is_file()] + weight_files(folder)
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files a model folder's key covers, by name in it. CheckpointFileError where its weights are incomplete."""
+    files = (folder / "config.json", *companion_files(folder), *weight_files(folder))
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 class DigestMemo:
-    """sha256 of files, remembered by path, size and modification time in one JSON file under the outputs folder."""
+    """sha256 of files, remembered in one JSON file under the outputs folder by path and what a changed file cannot keep."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._changed = False
         try:
-            self._known: dict[str, list[Any]] = json.loads(file.read_text())
-        except (OSError, ValueError):  # absent, or cut short by a crash: it is only a memo
+            self._known = MEMO.validate_json(file.read_bytes())
+        except (OSError, ValueError):  # absent, or damaged: it is only a memo
             self._known = {}
 
     def known(self, file: Path) -> str | None:
-        entry = self._known.get(str(file.resolve()))
-        return entry[2] if entry and entry[:2] == self._stamp(file) else None
+        stamp, sha256 = self._known.get(str(file.resolve()), ((), ""))
+        return sha256 if stamp == self._stamp(file) else None
 
     def compute(self, file: Path) -> str:
         found = self.known(file)
         if found is None:
             stamp = self._stamp(file)  # before hashing: a change meanwhile must not be remembered as this content
             found = sha256_file(file)
-            self._known[str(file.resolve())] = [*stamp, found]
+            self._known[str(file.resolve())] = (stamp, found)
+            self._changed = True
         return found
 
     def save(self) -> None:
+        """Keep what was newly computed. Of two processes that save at once one may lose its entries, to be computed again."""
+        if not self._changed:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._known))
-        temporary.replace(self.file)
+        temporary = self.file.with_name(f"{self.file.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(MEMO.dump_json(self._known))
+            temporary.replace(self.file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._changed = False
 
     @staticmethod
-    def _stamp(file: Path) -> list[Any]:
+    def _stamp(file: Path) -> tuple[int, ...]:
+        """The change time, unlike the modification time, cannot be set back by whoever replaces the content."""
         status = file.stat()
-        return [status.st_size, status.st_mtime_ns]
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @cache

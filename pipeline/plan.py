@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Checkpoint, DenseCheckpoint, Manifest, Spec
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec
 from pipeline.errors import RecipeError
 from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, build
 from pipeline.identity import DigestMemo, backend_versions, digest, non_default, output_key, stage_key
 from pipeline.recipe import Recipe
-from pipeline.source import open_model, open_split
+from pipeline.source import check_disjoint, open_model, open_split
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
 from pipeline.store import Store, digests_read
@@ -84,12 +84,18 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
         source = None
     graph = build(recipe, type(source) if source else DenseCheckpoint, problems)  # unreadable: taken as dense, to find the rest
     sources: dict[Ref, Artifact] = {SOURCE_MODEL: source} if source else {}
+    splits: dict[str, Dataset] = {}
     for ref in graph.sources():
         if ref.node == "data":
             try:
-                sources[ref] = open_split(recipe.data, ref.port, resources, memo)
+                splits[ref.port] = open_split(recipe.data, ref.port, resources, memo, execute=execute)
             except RecipeError as error:
                 problems += error.problems
+    try:
+        check_disjoint(splits)
+    except RecipeError as error:
+        problems += error.problems
+    sources |= {Ref("data", split): dataset for split, dataset in splits.items()}
     if execute:
         memo.save()
     evaluation = _Evaluation(recipe, store, sources, problems)

@@ -5,28 +5,34 @@ folder takes minutes, so a plan leaves the digest of one above `HASH_AT_ONCE` pe
 executing computes it.
 """
 
-import json
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, FileFormat, QuantizedCheckpoint, tokenizer_digest
+from pipeline.companions import COMPANIONS
 from pipeline.errors import RecipeError
-from pipeline.headers import CheckpointFileError, tensor_table
+from pipeline.headers import CheckpointFileError, TensorEntry, read_json, tensor_table
 from pipeline.identity import DigestMemo, data_key, folder_key, hub_key, model_files
 from pipeline.recipe import DataSource, ModelSource, resolve_path
 from pipeline.spec import ModelSpec
 
-HASH_AT_ONCE = 256_000_000  # bytes
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+HASH_AT_ONCE = 256_000_000  # bytes of a model that a plan reads whole
+READ_AT_ONCE = 64_000_000  # bytes of text that a plan reads whole
+BLOCK_BYTES = 1 << 20  # of each of two tensors that are compared
+ADAPTER = "adapter_config.json"  # leads transformers away from the folder's own weights, to those the adapter was made for
+HUB_FILES = ["config.json", ADAPTER, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+FILE_FORMATS: dict[str, FileFormat] = {".jsonl": "jsonl", ".txt": "txt"}
 
 
 def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute: bool) -> Checkpoint:
     """The source checkpoint with its spec and key. RecipeError: why it cannot be read, before any weight is."""
     try:
         if model.path:
-            folder = resolve_path(model.path, resources)
+            folder = _place(model.path, resources, "model")
             spec = ModelSpec.from_config(_read_config(folder))
-            _check_tensors(folder, spec)
+            _check_folder(folder, spec, execute)
             return _typed(folder, spec, _local_key(folder, memo, execute))
         if model.architecture is not None and not (execute and model.id):
             if execute:
@@ -37,47 +43,103 @@ def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute
         raise RecipeError(f"model: {error}") from None
 
 
-def open_split(data: DataSource, split: str, resources: Path, memo: DigestMemo) -> Dataset:
-    """One split with its spec and key. RecipeError where the file is missing, empty or no text."""
-    path = resolve_path(data.splits[split], resources)
+def open_split(data: DataSource, split: str, resources: Path, memo: DigestMemo, *, execute: bool) -> Dataset:
+    """One split with its spec and key. RecipeError where the file is missing, empty or no text.
+
+    Every document is read; of a file above `READ_AT_ONCE` only the first one unless `execute`.
+    """
     where = f"data.splits.{split}"
-    if path.suffix not in (".jsonl", ".txt"):
+    path = _place(data.splits[split], resources, where)
+    if path.suffix not in FILE_FORMATS:
         raise RecipeError(f"{where}: {path.name} is not a .jsonl or .txt file")
+    file_format = FILE_FORMATS[path.suffix]
     try:
-        digest = memo.compute(path)
-        dataset = Dataset(path, DatasetSpec(split=split, digest=digest, nbytes=path.stat().st_size), data_key(data.format, digest))
-        first = next(dataset.documents(), None)
+        digest, nbytes = memo.compute(path), path.stat().st_size
+        spec = DatasetSpec(split=split, format=data.format, file_format=file_format, digest=digest, nbytes=nbytes)
+        dataset = Dataset(path, spec, data_key(data.format, file_format, digest))
+        documents = dataset.documents()
+        found = next(documents, None)
+        if execute or nbytes <= READ_AT_ONCE:
+            deque(documents, maxlen=0)  # each line is checked as it is read
     except FileNotFoundError:
         raise RecipeError(f"{where}: {path} does not exist") from None
     except OSError as error:
         raise RecipeError(f"{where}: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise RecipeError(f"{where}: {error if 'JSON' in str(error) else f'{path} is not UTF-8 text'}") from None
-    if first is None:
+        raise RecipeError(f"{where}: {error}") from None
+    if found is None:
         raise RecipeError(f"{where}: {path} holds no document")
     return dataset
+
+
+def check_disjoint(splits: Mapping[str, Dataset]) -> None:
+    """RecipeError where two splits, by name, are the same content: what a model was calibrated on cannot measure it."""
+    by_digest: dict[str, list[str]] = {}
+    for name, dataset in splits.items():
+        assert isinstance(dataset.spec, DatasetSpec)
+        by_digest.setdefault(dataset.spec.digest, []).append(name)
+    problems = [
+        f"data.splits: {', '.join(names[:-1])} and {names[-1]} are the same file content; splits must be disjoint"
+        for names in by_digest.values()
+        if len(names) > 1
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _place(written: str, resources: Path, where: str) -> Path:
+    try:
+        return resolve_path(written, resources)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointFileError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_json(folder / "config.json")
     except FileNotFoundError:
         raise CheckpointFileError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointFileError(f"{folder}/config.json is not JSON; copy it again")
-    return config
 
 
-def _check_tensors(folder: Path, spec: ModelSpec) -> None:
-    """CheckpointFileError unless the folder's files hold exactly the model that its config.json describes."""
-    differences = spec.differences(tensor_table(folder))
+def _check_folder(folder: Path, spec: ModelSpec, execute: bool) -> None:
+    """CheckpointFileError unless the folder is exactly the model that its config.json describes, with a tokenizer that can be read."""
+    if (folder / ADAPTER).exists():
+        raise CheckpointFileError(
+            f"{folder} holds {ADAPTER}, so readers would load the model that it names; merge the adapter or remove it"
+        )
+    table = tensor_table(folder)
+    differences = spec.differences(table)
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointFileError(f"{folder} does not hold the model its config.json describes: {'; '.join(differences[:3])}{more}")
+    _check_tied_copy(table, spec, execute)
+    tokenizer_digest(folder)  # raises where tokenizer.json is damaged
+
+
+def _check_tied_copy(table: Mapping[str, TensorEntry], spec: ModelSpec, execute: bool) -> None:
+    """A tied model's file may carry a copy of the embedding as `lm_head.weight`; transformers does not tie one that differs.
+
+    The values are compared when executing, and in a plan up to `HASH_AT_ONCE` bytes.
+    """
+    head, embedding = table.get("lm_head.weight"), table["model.embed_tokens.weight"]
+    if not spec.architecture.tied or head is None:
+        return
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if same and (execute or head.nbytes <= HASH_AT_ONCE):
+        same = _equal_bytes(head, embedding)
+    if not same:
+        raise CheckpointFileError("config.json says tied embeddings but lm_head.weight differs; set tie_word_embeddings to false")
+
+
+def _equal_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    """Of two tensors of one dtype and shape, block by block."""
+    with open(one.file, "rb") as left, open(other.file, "rb") as right:
+        left.seek(one.offset)
+        right.seek(other.offset)
+        blocks = (min(BLOCK_BYTES, one.nbytes - start) for start in range(0, one.nbytes, BLOCK_BYTES))
+        return all(left.read(count) == right.read(count) for count in blocks)
 
 
 def _typed(folder: Path, spec: ModelSpec, key: str) -> Checkpoint:
@@ -86,10 +148,10 @@ def _typed(folder: Path, spec: ModelSpec, key: str) -> Checkpoint:
 
 def _local_key(folder: Path, memo: DigestMemo, execute: bool) -> str:
     files = model_files(folder)
-    small = sum(file.stat().st_size for file in files) <= HASH_AT_ONCE
-    if not (execute or small or all(memo.known(file) for file in files)):
+    small = sum(file.stat().st_size for file in files.values()) <= HASH_AT_ONCE
+    if not (execute or small or all(memo.known(file) for file in files.values())):
         return ""
-    return folder_key({file.name: memo.compute(file) for file in files})
+    return folder_key({name: memo.compute(file) for name, file in files.items()})
 
 
 def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
@@ -121,5 +183,5 @@ def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
         ) from None
     if not execute:
         return _typed(Path(), spec, hub_key(model.id, commit))
-    _check_tensors(folder, spec)
+    _check_folder(folder, spec, execute)
     return _typed(folder, spec, hub_key(model.id, commit))

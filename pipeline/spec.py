@@ -10,11 +10,13 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES, TensorEntry
 from pipeline.layout import DType, Frozen, KVCacheSpec, ModuleGroup, WeightFormat
+from pipeline.model_config import ModelConfig, QuantizationConfig, parse
 
 TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ABSENT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # what transformers takes where the config is silent
@@ -47,34 +49,34 @@ class Architecture(Frozen):
         model_type = config.get("model_type")
         if model_type not in SUPPORTED:
             raise ValueError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), SUPPORTED)}")
-        wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for field in wanted:
-            if not isinstance(config.get(field), int) or config[field] < 1:
-                raise ValueError(f"config.json: {field} is {config.get(field)!r}; it must be a positive integer")
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        given = parse(ModelConfig, config, "config.json: ")
+        dtype = (given.dtype or given.torch_dtype or "float32").removeprefix("torch.")
         if dtype not in TORCH_DTYPES:
             raise ValueError(f"config.json: dtype {dtype!r} is not supported; there are: {', '.join(TORCH_DTYPES)}")
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or ABSENT_KV_HEADS.get(str(model_type), heads)
+        heads = given.num_attention_heads
+        kv_heads = given.num_key_value_heads or ABSENT_KV_HEADS.get(given.model_type, heads)
         if heads % kv_heads:
             raise ValueError(f"config.json: {heads} query heads cannot share {kv_heads} KV heads evenly")
-        bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+        head_dim = given.head_dim or (128 if given.model_type == "qwen3" else given.hidden_size // heads)
+        if head_dim == 0:
+            raise ValueError(f"config.json: a hidden_size of {given.hidden_size} is not enough for {heads} query heads")
+        bias = bool(given.attention_bias) and given.model_type in ("llama", "qwen3")
         return cls(
-            model_type=model_type,
+            model_type=given.model_type,
             dtype=TORCH_DTYPES[dtype],
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
+            vocab_size=given.vocab_size,
+            hidden_size=given.hidden_size,
+            intermediate_size=given.intermediate_size,
+            num_layers=given.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // heads),
-            max_position=config.get("max_position_embeddings") or 2048,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=bias or model_type == "qwen2",
+            head_dim=head_dim,
+            max_position=given.max_position_embeddings or 2048,
+            tied=bool(given.tie_word_embeddings),
+            qkv_bias=bias or given.model_type == "qwen2",
             o_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-            qk_norm=model_type == "qwen3",
+            mlp_bias=bool(given.mlp_bias) and given.model_type == "llama",
+            qk_norm=given.model_type == "qwen3",
         )
 
     def groups(self) -> Iterator[ModuleGroup]:
@@ -123,19 +125,22 @@ class ModelSpec(Frozen):
         """From a `config.json`, its compressed-tensors `quantization_config` included. ValueError where it cannot be."""
         spec = cls.of(Architecture.from_config(config))
         quantization = config.get("quantization_config")
-        if not quantization:
+        if quantization is None:
             return spec
         method, layout = quantization.get("quant_method"), quantization.get("format")
         if method != "compressed-tensors" or layout != "pack-quantized":
             raise ValueError(f"the checkpoint is quantized as {method}/{layout}; only compressed-tensors/pack-quantized is read")
-        groups = list(quantization["config_groups"].values())
-        if len(groups) != 1 or groups[0]["targets"] != ["Linear"] or groups[0].get("input_activations"):
+        given = parse(QuantizationConfig, quantization, "config.json: quantization_config.")
+        groups = list(given.config_groups.values())
+        if len(groups) != 1 or groups[0].targets != ["Linear"] or groups[0].input_activations:
             raise ValueError("the checkpoint mixes quantization schemes; only one weight-only scheme over all Linear layers is read")
-        weights = groups[0]["weights"]
-        if weights["type"] != "int" or weights["strategy"] != "group":
-            raise ValueError(f"the checkpoint's weights are {weights['type']} by {weights['strategy']}; only int by group is read")
-        form = WeightFormat(num_bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
-        return spec.with_format(form, tuple(quantization.get("ignore") or ()))
+        weights = groups[0].weights
+        if weights.type != "int" or weights.strategy != "group":
+            raise ValueError(f"the checkpoint's weights are {weights.type} by {weights.strategy}; only int by group is read")
+        if weights.group_size is None or weights.group_size < 1:
+            raise ValueError(f"config.json: quantization_config: group_size is {weights.group_size}; groups need at least one column")
+        form = WeightFormat(num_bits=weights.num_bits, group_size=weights.group_size, symmetric=weights.symmetric)
+        return spec.with_format(form, tuple(given.ignore or ()))
 
     @property
     def dtype(self) -> DType:
@@ -234,5 +239,16 @@ class ModelSpec(Frozen):
 
 
 def ignored(module: str, ignore: tuple[str, ...]) -> bool:
-    """compressed-tensors' own rule for module names: exact, or `re:` and a pattern matched from the start."""
-    return any(re.match(p[3:], module) is not None if p.startswith("re:") else p == module for p in ignore)
+    """compressed-tensors' own rule for module names: exact, or `re:` and a pattern matched from the start.
+
+    ValueError for a pattern that is no regular expression.
+    """
+    return any(_pattern(p[3:]).match(module) is not None if p.startswith("re:") else p == module for p in ignore)
+
+
+@cache
+def _pattern(written: str) -> re.Pattern[str]:
+    try:
+        return re.compile(written)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"ignore: 're:{written}' is not a regular expression ({error})") from None

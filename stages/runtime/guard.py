@@ -1,10 +1,10 @@
 """What every checkpoint must prove before it is published. Most silent failures of the libraries below end here."""
 
-import json
 from pathlib import Path
 
 import torch
 
+from pipeline.headers import read_json
 from pipeline.spec import ModelSpec
 from stages.runtime.loading import load_model
 from stages.runtime.scoring import token_losses
@@ -36,7 +36,7 @@ def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
 
 def config_differences(folder: Path, spec: ModelSpec) -> list[str]:
     """How the model that config.json describes departs from `spec`; the cache layout is not config.json's matter."""
-    found = ModelSpec.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    found = ModelSpec.from_config(read_json(folder / "config.json"))
     if found.model_copy(update={"kv_cache": spec.kv_cache}) == spec:
         return []
     mine, planned = found.architecture.model_dump(), spec.architecture.model_dump()

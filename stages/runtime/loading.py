@@ -25,7 +25,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
 
     ValueError names the weights that are missing, left over or of another shape: transformers fills those in at random.
     """
-    packed = "quantization_config" in Checkpoint(folder).config
+    packed = Checkpoint(folder).config.get("quantization_config") is not None
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
+from pipeline.companions import companion_files
 from pipeline.headers import CheckpointFileError, TensorEntry, tensor_table
 
 DTYPES = {
@@ -28,13 +29,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 HEADER_ROOM = 1 << 16  # a shard's data begins here, on a page boundary; about 450 tensors fit in its header
 COPY_BYTES = 4 << 20  # a plain copy goes through a buffer of this size
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "additional_chat_templates",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken",
-)  # fmt: skip
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -203,9 +197,7 @@ def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> No
     """
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_dir():
-                shutil.copytree(file, target / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, target / file.name)
+    for file in companion_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
