@@ -147,7 +147,7 @@ def test_four_runs_at_once_share_a_new_database(model: Path, tmp_path: Path) -> 
         _, errors = process.communicate(timeout=LONG)
         assert process.returncode == 0, errors.decode()
     names = [run.info.run_name for run in pipelines(MlflowClient(tracking_uri=uri))]
-    assert sorted(names) == [f"prune>rtn{num_bits}>evaluate" for num_bits in (2, 3, 4, 8)]
+    assert sorted(names) == [f"prune>rtn{num_bits}g64>evaluate" for num_bits in (2, 3, 4, 8)]
 
 
 @pytest.mark.usefixtures("database")
