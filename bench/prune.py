@@ -106,7 +106,7 @@ def usage() -> dict[str, float]:
 def run_job(job: str, source: Path, target: Path, tokens: int) -> dict[str, float]:
     """Run one job in a fresh process; what it took in all, and since its imports."""
     command = [sys.executable, __file__, "--job", job, "--source", str(source), "--target", str(target), "--tokens", str(tokens)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "THP_MEM_ALLOC_ENABLE": "1"}  # as the fork server sets it
     result = timed(command, environment)
     return result | json.loads(str(result.pop("output")))
 

@@ -46,12 +46,6 @@ class StoreError(LlmpressError):
     exit_code = 5
 
 
-class GateFailed(LlmpressError):
-    """The run finished, but a quality gate says that the result must not be deployed."""
-
-    exit_code = 6
-
-
 class Interrupted(LlmpressError):
     """Ctrl-C or SIGTERM: what had been published stays, the running stage is stopped."""
 
