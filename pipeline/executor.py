@@ -115,7 +115,7 @@ class _Run:
                 results.append(self.node(node))
             status = "finished"
         except LlmpressError as error:
-            reason = getattr(error, "reason", str(error))
+            reason = getattr(error, "reason", str(error).removeprefix(f"{current}: "))
             self.announce("node_failed", current, reason=reason, log=getattr(error, "log", ""), tail=getattr(error, "tail", ""))
             raise
         except KeyboardInterrupt:

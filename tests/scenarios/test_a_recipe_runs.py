@@ -1,8 +1,10 @@
 """The main way: a recipe runs, and running it again, changed or reordered, does only what is new."""
 
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +104,24 @@ def test_a_sweep_shares_what_its_jobs_have_in_common(run: Run, folder: Path) -> 
     assert outcome.code == 0, outcome.err
     names = sorted(path.name.partition("-")[0] for path in (folder / "outputs" / "store").iterdir())
     assert names == ["rtn", "rtn", "structured_prune"]
+
+
+def test_ctrl_c_ends_a_sweep_and_not_only_its_running_job(folder: Path) -> None:
+    arguments = ["-m", "recipe=mine.yaml", "stages.quantize.num_bits=4,8", "order=[quantize,evaluate]", "tracking.enabled=false"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as sweep:
+        assert sweep.stderr is not None
+        while "started" not in sweep.stderr.readline():
+            assert sweep.poll() is None
+        sweep.send_signal(signal.SIGINT)
+        _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert "Traceback" not in errors
+    assert len(list((folder / "outputs" / "runs" / "mine").iterdir())) == 1
