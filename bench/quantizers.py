@@ -1,6 +1,6 @@
-"""GPTQ against round-to-nearest at 4, 3 and 2 bits: is the difference real, and how much does either cost?
+"""AWQ, GPTQ and round-to-nearest at 4, 3 and 2 bits: are their differences real, and how much does each cost?
 
-    python bench/quantizers.py [--model FOLDER] [--calibration FILE] [--eval FILE] [--group-size 128]
+    python bench/quantizers.py [--model FOLDER] [--calibration FILE] [--eval FILE] [--group-size 128] [--asymmetric]
 
 Every checkpoint is evaluated beside the source on the same documents. Intervals are 95 % paired bootstrap over documents; a
 difference whose interval holds 0 is called a tie. Runs the stages themselves, without store or workers, in a temporary folder.
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, default=ASSETS / "data/eval.jsonl")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--asymmetric", action="store_true", help="zero points, for every method: else awq alone would have them")
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], help="layers left dense, as in the stages")
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256)
@@ -77,18 +78,19 @@ def main() -> None:
     differences = []
     with tempfile.TemporaryDirectory() as folder:
         for bits in options.bits:
-            params = {"num_bits": bits, "group_size": options.group_size, "ignore": options.ignore}
+            params = {"num_bits": bits, "group_size": options.group_size, "symmetric": not options.asymmetric, "ignore": options.ignore}
             losses = {}
-            for method in ("rtn", "gptq"):
-                own = {"num_samples": options.num_samples, "max_length": options.max_length} if method == "gptq" else {}
-                inputs: dict[str, Artifact] = {"model": source} | ({"calibration": calibration} if method == "gptq" else {})
+            for method in ("rtn", "gptq", "awq"):
+                calibrated = method != "rtn"
+                own = {"num_samples": options.num_samples, "max_length": options.max_length} if calibrated else {}
+                inputs: dict[str, Artifact] = {"model": source} | ({"calibration": calibration} if calibrated else {})
                 output, started = Path(folder) / f"{method}-{bits}", time.perf_counter()
                 made = run_stage(method, output, params | own, **inputs)
                 losses[method] = score(method, bits, made, source, text, output.with_suffix(".report"), time.perf_counter() - started)
-            differences.append((bits, paired_bootstrap(losses["gptq"]["nll"], losses["rtn"]["nll"], losses["rtn"]["tokens"])))
-    print("\nperplexity of gptq against rtn, paired by document")
-    for bits, difference in differences:
-        print(f"  {bits} bits  {format_percent(difference)}")
+            for one, other in (("gptq", "rtn"), ("awq", "rtn"), ("awq", "gptq")):
+                difference = paired_bootstrap(losses[one]["nll"], losses[other]["nll"], losses[other]["tokens"])
+                differences.append(f"  {bits} bits  {one:>4} against {other:<4}  {format_percent(difference)}")
+    print("\nchange of perplexity, paired by document", *differences, sep="\n")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ class Manifest(Frozen):
     fingerprint: str
     seconds: float
     peak_rss: int
-    resumes: int = 0
     created: str
 
     @classmethod

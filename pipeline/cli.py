@@ -7,6 +7,7 @@ Exit codes are those of `pipeline.errors`.
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import compose
 from pipeline.errors import Interrupted, LlmpressError, RecipeError
+from pipeline.process import ForkServer
 from pipeline.recipe import read_config, read_settings
 from pipeline.run import collect_unused, run_pipeline
 
@@ -45,17 +47,25 @@ def _main(arguments: list[str]) -> int:
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed with a search path
     failed: list[LlmpressError] = []
+    server = ForkServer(Path("forkserver.log"))  # starts at the first stage that runs; every job of a sweep uses it
 
     def task(config: DictConfig) -> dict[str, float]:
+        alone = HydraConfig.get().mode is not RunMode.MULTIRUN
         try:
-            return _job(config)
+            return _job(config, server)
+        except OmegaConfBaseException as error:
+            problem: LlmpressError = compose.explain(error)
+        except Interrupted as error:
+            if not alone:
+                raise KeyboardInterrupt from None  # Hydra would go on with the next job
+            problem = error
         except LlmpressError as error:
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
-                if isinstance(error, Interrupted):
-                    raise KeyboardInterrupt from None  # Hydra would go on with the next job
-                raise  # so that Hydra counts the job as failed
-            failed.append(error)  # Hydra would print its own lines about it first
-            return {}
+            problem = error
+        if not alone:
+            print(f"job {' '.join(HydraConfig.get().overrides.task)}\n{_sentences(problem)}", file=sys.stderr)
+            raise problem  # so that Hydra counts the job as failed
+        failed.append(problem)  # raised here, Hydra would print its own lines about it first
+        return {}
 
     try:
         compose.register()
@@ -63,23 +73,26 @@ def _main(arguments: list[str]) -> int:
         hydra.main(config_path=str(compose.resources() / "conf"), config_name="config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise compose.explain(error) from None
+    finally:
+        server.close()
     if failed:
         raise failed[0]
     return 0
 
 
-def _job(config: DictConfig) -> dict[str, float]:
+def _job(config: DictConfig, server: ForkServer) -> dict[str, float]:
     """One composed config, alone or as a job of a sweep; returns the final metrics."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     content = {str(key): value for key, value in plain.items()}
     name = HydraConfig.get().runtime.choices.get("recipe")
-    if content["mode"] == "gc":
+    if content.get("mode") == "gc":
         return collect_unused(read_settings(content))
     if name is None:
         raise RecipeError(f"no recipe is chosen; write recipe=<name>\n\n{compose.recipe_list()}")
     recipe, settings = read_config(content, compose.display_name(name))
-    return run_pipeline(recipe, settings, OmegaConf.to_yaml(config, resolve=True), compose.resources())
+    sweep = str(Path(HydraConfig.get().sweep.dir).resolve()) if HydraConfig.get().mode is RunMode.MULTIRUN else ""
+    return run_pipeline(recipe, settings, OmegaConf.to_yaml(config, resolve=True), compose.resources(), server, sweep)
 
 
 def _sentences(error: LlmpressError) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def using(store: Store) -> Iterator[None]:
     """Held by a run from before it plans until it ends: nothing is collected meanwhile, and it waits for a collection to end."""
     locks = store.root / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    mine = FileLock(locks / f"run-{os.getpid()}.lock")
+    mine = FileLock(locks / f"run-{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}.lock")  # a folder may be shared
     with FileLock(locks / "gc.lock"):
         mine.acquire()
     try:
@@ -54,7 +55,8 @@ def collect(store: Store) -> Collected:
         pinned = pinned_keys(store.root)
         artifacts = _folders(store.root / "store", ARTIFACT)
         unused = [folder for folder in artifacts if folder.name.rpartition("-")[2] not in pinned]
-        removed = (*unused, *_folders(store.root / "scratch", SCRATCH))
+        abandoned = [folder for folder in _folders(store.root / "scratch", SCRATCH) if folder.name not in pinned]
+        removed = (*unused, *abandoned)  # scratch that some run's plan names may be resumed
         nbytes = 0
         for folder in removed:
             nbytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.stat().st_nlink == 1)
@@ -88,5 +90,5 @@ def _check_no_run(locks: Path) -> None:
             with FileLock(file, timeout=0):
                 pass
         except Timeout:
-            number = file.stem.rpartition("-")[2]
-            raise StoreError(f"process {number} is running a recipe in {locks.parent}; run mode=gc when it has ended") from None
+            host, number = file.stem.removeprefix("run-").rsplit("-", 2)[:2]
+            raise StoreError(f"process {number} of {host} is running a recipe in {locks.parent}; run mode=gc when it has ended") from None

@@ -2,10 +2,11 @@
 
 import base64
 import json
+import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 
-from pipeline.tracking import RESULTS_VIEW, SQLITE
+from pipeline.tracking import RESULTS_VIEW, SQLITE, place_of
 
 MAX_PARAMS, MAX_METRICS, MAX_TAGS, MAX_VALUE = 100, 1000, 100, 6000  # of one batch; characters of a parameter
 
@@ -26,9 +27,9 @@ class Destination:
     """An MLflow server or database and the two experiments there."""
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None) -> None:
+        self.lock = FileLock(lock_file(uri))
         # MLflow's migration of a new sqlite file is not safe for two processes at once and leaves the file broken for good.
-        database = uri.removeprefix(SQLITE) if uri.startswith(SQLITE) else ""
-        with FileLock(f"{database}.lock") if database else nullcontext():
+        with self.lock:
             self.client = MlflowClient(tracking_uri=uri)
             self.pipelines = self._experiment(experiment, artifacts, KIND | results_view())
             self.stages = self._experiment(f"{experiment}-stages", artifacts, KIND)
@@ -42,7 +43,7 @@ class Destination:
 
     def find(self, experiment: str, identity: Mapping[str, str], extra: str = "") -> Any | None:
         """The newest run that has these tags, as mlflow.entities.Run."""
-        condition = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items()) + extra
+        condition = " and ".join(f"tags.`{tag}` = {quoted(value)}" for tag, value in identity.items()) + extra
         runs = self.client.search_runs([experiment], condition, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time DESC"])
         return runs[0] if runs else None
 
@@ -54,6 +55,16 @@ class Destination:
             return str(self.client.create_run(experiment, milliseconds(started), tags, name).info.run_id)
         self.client.update_run(found.info.run_id, status="RUNNING")
         return str(found.info.run_id)
+
+    def open_sweep(self, sweep: str, started: float) -> str:
+        """The parent run of a sweep's pipelines, made by whichever of its jobs comes first."""
+        with self.lock:
+            return self.run(self.pipelines, {"llmpress.kind": "sweep", "llmpress.sweep": sweep}, "sweep", started)
+
+    def end_sweep(self, run: str, time: float) -> None:
+        """Called by each pipeline under it: nobody knows which is the last, and the next one opens it again."""
+        info = self.client.get_run(run).info
+        self.client.set_terminated(run, "FINISHED", max(milliseconds(time), info.start_time, info.end_time or 0))
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], time: float) -> None:
         self.log_points(run, points(metrics, time, step=0))
@@ -76,6 +87,13 @@ class Destination:
         self.client.set_terminated(run, status, started + milliseconds(seconds))
 
 
+def lock_file(uri: str) -> str:
+    """Beside a database; for a server in the temporary folder, which guards against other processes of this user and machine."""
+    if uri.startswith(SQLITE):
+        return f"{uri.removeprefix(SQLITE)}.lock"
+    return str(Path(tempfile.gettempdir()) / f"llmpress-{os.getuid()}-{place_of(uri, '')['uri_digest'][:16]}.lock")
+
+
 def results_view() -> dict[str, str]:
     """A shared view of the runs table, as its "Share" button stores it: by default the table shows no metrics at all."""
     columns = ["attributes.`Duration`", *(f"metrics.`{name}`" for name in COLUMNS), "params.`order`"]
@@ -83,6 +101,11 @@ def results_view() -> dict[str, str]:
     state |= {"searchFilter": "", "runsPinned": [], "runsHidden": [], "viewMaximized": True, "runListHidden": False}
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     return {f"mlflow.sharedViewState.{RESULTS_VIEW}": f"deflate;{packed}"}
+
+
+def quoted(value: str) -> str:
+    """A value in MLflow's search language, which has two kinds of quotes and no escapes."""
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def legal(name: str) -> str:

@@ -19,9 +19,9 @@ def check_export(plan: Plan, folder: Path) -> None:
         raise RecipeError("export_to: the recipe makes no model; add a stage that does to `order`")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"export_to: {folder} exists already; name a new folder")
+    existing = next(parent for parent in folder.parents if parent.exists())
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)).rmdir()
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=existing)).rmdir()
     except OSError as error:
         raise RecipeError(f"export_to: {folder} cannot be made ({error.strerror}); name another folder") from None
 
@@ -30,6 +30,7 @@ def export_model(plan: Plan, model: Path, manifest: Manifest, folder: Path) -> N
     """Copy the checkpoint at `model` to `folder` and write its model card. Complete or absent: copied beside, then renamed."""
     partial = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         shutil.copytree(model, partial, ignore=shutil.ignore_patterns(MANIFEST), copy_function=shutil.copyfile, dirs_exist_ok=True)
         (partial / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")

@@ -24,7 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pipeline.worker import end_with_parent, run_job
+from pipeline.worker import end_with_parent, run_job, set_library_defaults
 
 # Modules that almost every stage uses. Not bitsandbytes or llmcompressor: importing bitsandbytes initialises CUDA.
 PRELOAD = (
@@ -53,9 +53,7 @@ def main() -> None:
 
 def preload() -> str:
     """Import PRELOAD. Why this process must not fork afterwards, empty where it may."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # cuda.is_available() then asks the driver without initialising CUDA
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes large tensors from huge pages and returns them: peaks are lower
-    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # pyarrow (through pandas) would start one
+    set_library_defaults()
     try:
         for name in PRELOAD:
             importlib.import_module(name)

@@ -96,12 +96,12 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     except RecipeError as error:
         problems += error.problems
     sources |= {Ref("data", split): dataset for split, dataset in splits.items()}
-    if execute:
-        memo.save()
     evaluation = _Evaluation(recipe, store, sources, problems)
     nodes = tuple(planned for node in graph.nodes if (planned := evaluation.node(node, graph)))
     if problems:
         raise RecipeError(problems)
+    if execute:
+        memo.save()
     return Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
 
 

@@ -58,16 +58,20 @@ def _model_facts(spec: ModelSpec) -> dict[str, Any]:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """One look: what each node makes, how large, what it needs, and whether it is already done."""
+    vram = plan.recipe.target.gpus > 0
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name, justify in (("stage", "left"), ("makes", "left"), ("size", "right"), ("bits/w", "right"), ("KV/token", "right"),
-                          ("peak RAM", "right"), ("", "left")):  # fmt: skip
+                          *[(place, "right") for place in (("RAM", "VRAM") if vram else ("peak RAM",))], ("", "left")):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=name in ("stage", ""), overflow="fold")  # type: ignore[arg-type]
-    table.add_row("source model", type(plan.source).__name__.replace("Checkpoint", "").lower(), *_sizes(plan.source.model_spec), "", "")
+    table.add_row(
+        "source model", type(plan.source).__name__.replace("Checkpoint", "").lower(), *_sizes(plan.source.model_spec), *[""] * (2 + vram)
+    )
     for node in plan.nodes:
         spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
         made = ", ".join(kind.__name__.replace("Checkpoint", "").replace("EvalReport", "report").lower() for kind in node.types.values())
         sizes = _sizes(spec) if spec else ("", "", "")
-        table.add_row(node.name, made, *sizes, format_size(node.memory.totals["ram"]), STATUS[node.status])
+        peaks = [format_size(node.memory.totals[place]) for place in ("ram", "vram")[: 2 if vram else 1]]
+        table.add_row(node.name, made, *sizes, *peaks, STATUS[node.status])
     console.print(f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n")
     console.print(table)
     lines = [f"  {node.name}: {note}" for node in plan.nodes for note in node.notes]

@@ -16,21 +16,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.target import format_size
+from pipeline.target import format_seconds, format_size
 
 PLAIN_INTERVAL = 10.0  # seconds
 BAR_WIDTH = 16
 REFRESHES = 8  # a second
 STYLES = {"hit": "cyan", "done": "green", "failed": "bold red", "stopped": "yellow", "running": "bold", "waiting": "yellow"}
-
-
-def format_seconds(seconds: float) -> str:
-    """`4.2 s` below a minute, then `1:02`, then `1:01:02`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @dataclass

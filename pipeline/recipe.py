@@ -86,8 +86,8 @@ class TrackingSettings(Frozen):
     @field_validator("uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        if uri and re.search(r"//[^/@\s]*:[^/@\s]*@", uri):
-            raise ValueError("it holds a password, which settings are written to disk with; set MLFLOW_TRACKING_URI instead")
+        if uri and re.search(r"//[^/@\s]+@", uri):
+            raise ValueError("it holds a password or token, which settings are written to disk with; set MLFLOW_TRACKING_URI instead")
         return uri
 
 

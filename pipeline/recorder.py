@@ -13,7 +13,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -25,9 +25,11 @@ from mlflow.entities import Metric
 from pipeline.artifact import MANIFEST
 from pipeline.destination import Destination, legal, milliseconds, parameter, points
 from pipeline.spool import FOLDER, Recorded, follow, spools
+from pipeline.tracking import place_of
 
 DOCUMENTS = ("*.yaml", "*.json")  # of the run's folder: composed recipe, plan.json, report.json
-STATUS = {"complete": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+STATUS = {"complete": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by verdict
+STAGE_STATUS = {"ran": "FINISHED", "hit": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Attempt:
         self.executions: dict[str, str] = {}  # by node: its run, while it is running
         self.curves: dict[str, list[Metric]] = {}  # by node: points that are not written yet
         self.ended = False
+        self.sweep = self.to.open_sweep(self.header["sweep"], self.started) if self.header["sweep"] else ""
         self.pipeline = self._open_pipeline()
 
     def _open_pipeline(self) -> str:
@@ -55,8 +58,8 @@ class Attempt:
             logged = {}
         run = self.to.run(self.to.pipelines, identity, header["name"], self.started)
         tags = {"llmpress.recipe": header["recipe"], "llmpress.path": header["run_dir"]}
-        if header["parent"]:
-            tags["mlflow.parentRunId"] = header["parent"]
+        if self.sweep:
+            tags["mlflow.parentRunId"] = self.sweep
         self.to.log_params(run, {name: value for name, value in params.items() if name not in logged})
         self.to.log_tags(run, tags)
         return run
@@ -117,6 +120,7 @@ class Attempt:
 
     def _end(self, event: dict[str, Any]) -> None:
         report = event["report"]
+        self._stop("failed" if report["verdict"] == "failed" else "interrupted")
         self.to.log_metrics(self.pipeline, report["metrics"], self.last)
         self.to.log_tags(self.pipeline, {"mlflow.note.content": event["note"]})
         self._close(report["verdict"], report["seconds"])
@@ -126,9 +130,16 @@ class Attempt:
 
     def abandon(self) -> None:
         """The run died without a report: what was running was killed."""
-        for run in self.executions.values():
-            self.to.client.set_terminated(run, "KILLED", milliseconds(self.last))
+        self._stop("interrupted")
         self._close("interrupted", self.last - self.started)
+
+    def _stop(self, status: str) -> None:
+        """Close what was still running: a stage that is stopped from outside sends no event of its own."""
+        for node in list(self.executions):
+            self._flush(node)
+            run = self.executions.pop(node)
+            self.to.client.set_terminated(run, STAGE_STATUS[status], milliseconds(self.last))
+            self._child({"node": node, "time": self.last, "key": self.header["nodes"][node]["key"], "metrics": {}}, status, run)
 
     def _flush(self, node: str) -> None:
         if node in self.curves:
@@ -149,7 +160,7 @@ class Attempt:
         self.to.log_metrics(run, event["metrics"], event["time"])
         self.to.log_tags(run, tags)
         self._log_manifest(run, event)
-        self.to.end(run, "FAILED" if status == "failed" else "FINISHED", event["metrics"].get("seconds", 0.0))
+        self.to.end(run, STAGE_STATUS[status], event["metrics"].get("seconds", 0.0))
 
     def _log_manifest(self, run: str, event: dict[str, Any]) -> None:
         """Checkpoints are logged by reference: path, key, and the manifest with every file's sha256."""
@@ -164,16 +175,18 @@ class Attempt:
         self.to.client.log_dict(self.pipeline, environment(), "environment.json")
         self.to.log_tags(self.pipeline, {"llmpress.verdict": verdict})
         self.to.end(self.pipeline, STATUS[verdict], seconds)
+        if self.sweep:
+            self.to.end_sweep(self.sweep, self.last)
 
 
-def record(to: Destination, run_dir: Path, *, wait: bool) -> None:
-    """Every spool of a run's folder, oldest first, one that is still being written until it ends.
+def record(to: Destination, run_dir: Path, place: Mapping[str, str], *, wait: bool) -> None:
+    """Every spool of a run's folder that is meant for `place`, oldest first, one that is still being written until it ends.
 
     Two runs of one recipe share the folder: with `wait` its turn is awaited, without it left to whoever is at it.
     """
     try:
         with FileLock(run_dir / FOLDER / "recorder.lock", timeout=-1 if wait else 0):
-            while waiting := spools(run_dir):
+            while waiting := spools(run_dir, place):
                 record_spool(to, waiting[0])
     except Timeout:
         print(f"{run_dir}: another process is recording it")
@@ -201,11 +214,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--artifacts", type=Path, help="where artifacts go; the server's own choice without it")
     parser.add_argument("run_dirs", type=Path, nargs="+")
     options = parser.parse_args(arguments)
-    destination = Destination(os.environ["MLFLOW_TRACKING_URI"], options.experiment, options.artifacts)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    destination, here = Destination(uri, options.experiment, options.artifacts), place_of(uri, options.experiment)
     own, *others = options.run_dirs
-    record(destination, own, wait=True)
+    record(destination, own, here, wait=True)
     for run_dir in others:
-        record(destination, run_dir, wait=False)
+        record(destination, run_dir, here, wait=False)
 
 
 if __name__ == "__main__":

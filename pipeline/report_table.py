@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.report import Report, StageReport
-from pipeline.target import format_size
+from pipeline.target import format_seconds, format_size
 
 COLUMNS = ("stage", "", "time", "size", "bits/w", "perplexity", "vs source", "KL")
 VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)  # packed integer weights that vLLM has kernels for
@@ -105,15 +105,6 @@ def _quality(stage: StageReport | None) -> tuple[str, str, str]:
     forms = (("perplexity", "{:.4g}"), ("perplexity_change_pct", "{:+.1f} %"), ("kl_divergence", "{:.3g}"))
     perplexity, change, divergence = (form.format(metrics[name]) if name in metrics else "" for name, form in forms)
     return perplexity, change, divergence
-
-
-def format_seconds(seconds: float) -> str:
-    """`0.4 s`, `31 s`, `12 min`, `3.5 h`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 def _shown(path: str) -> str:

@@ -7,17 +7,19 @@ final checkpoint in the store.
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.collect import collect, using
-from pipeline.errors import LlmpressError, StoreError
+from pipeline.errors import Interrupted, LlmpressError, PlanError, StoreError
 from pipeline.executor import Listener, NodeResult, execute
 from pipeline.export import check_export, export_model
 from pipeline.graph import SOURCE_MODEL
 from pipeline.plan import Plan, make_plan
 from pipeline.plan_table import plan_json, print_plan
+from pipeline.process import ForkServer
 from pipeline.progress import Display
 from pipeline.recipe import Recipe, Settings
 from pipeline.report import Report, RunRecord, build_report
@@ -27,8 +29,11 @@ from pipeline.target import format_size
 from pipeline.tracking import Tracker
 
 
-def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: Path) -> dict[str, float]:
-    """Do what `mode` says; returns the headline metrics (none for a plan). `composed` is the config as YAML."""
+def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: Path, server: ForkServer, sweep: str) -> dict[str, float]:
+    """Do what `mode` says; returns the headline metrics (none for a plan).
+
+    `composed` is the config as YAML; `server` starts the workers of every job of this process; `sweep` names the sweep it belongs to.
+    """
     root = outputs_folder(settings)
     store = Store(root)
     plan = make_plan(recipe, store, resources, execute=False)  # what is wrong is found before a long digest or download, or any writing
@@ -38,12 +43,14 @@ def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: P
         else:
             print_plan(plan, Console())
         return {}
+    if not (recipe.model.path or recipe.model.id):
+        raise PlanError("model: it is an architecture without weights, which can be planned but not run; give model.path=/folder")
     if settings.export_to:
         check_export(plan, export_folder(settings))
     check_writable(root)
     try:
         with using(store):
-            return _execute(make_plan(recipe, store, resources, execute=True), settings, store, composed)
+            return _execute(make_plan(recipe, store, resources, execute=True), settings, store, composed, server, sweep)
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
 
@@ -69,21 +76,26 @@ def collect_unused(settings: Settings) -> dict[str, float]:
     return {}
 
 
-def _execute(plan: Plan, settings: Settings, store: Store, composed: str) -> dict[str, float]:
+def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server: ForkServer, sweep: str) -> dict[str, float]:
     run_dir = store.root / "runs" / plan.recipe.name / plan.digest[:SHORT]
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / "recipe.yaml", composed)
     write_whole(run_dir / "plan.json", json.dumps(plan_json(plan), indent=1) + "\n")
     record = RunRecord(run_dir)
-    tracker = Tracker(plan, settings.tracking, store.root, run_dir) if settings.tracking.enabled else None
+    tracker = Tracker(plan, settings.tracking, store.root, run_dir, sweep) if settings.tracking.enabled else None
     listeners: list[Listener] = [record, Display(), *([tracker] if tracker else [])]
     error: LlmpressError | None = None
     results: list[NodeResult] = []
     try:
-        results = execute(plan, store, run_dir, listeners)
+        server.log = run_dir / "logs" / "forkserver.log"
+        results = execute(plan, store, run_dir, listeners, server)
         _link_model(plan, store, run_dir)
     except LlmpressError as caught:
         error = caught
+    except OSError as caught:
+        error = StoreError(explain_os_error(caught, store.root))
+    except KeyboardInterrupt:
+        error = Interrupted("interrupted after the last stage; the same command completes the run's folder")
     report = build_report(plan, record, error)
     report.write(run_dir)
     _show(report, settings, tracker)
@@ -114,6 +126,6 @@ def _link_model(plan: Plan, store: Store, run_dir: Path) -> None:
         node = next(node for node in plan.nodes if node.name == plan.final.node)
         place = store.path(node.stage.name, node.key)
         target = place if len(node.types) == 1 else place / plan.final.port
-    temporary = run_dir / f".model-{os.getpid()}"
+    temporary = run_dir / f".model-{uuid.uuid4().hex}"
     temporary.symlink_to(os.path.relpath(target, run_dir))
     temporary.replace(run_dir / "model")

@@ -22,7 +22,7 @@ HASH_AT_ONCE = 256_000_000  # bytes of a model that a plan reads whole
 READ_AT_ONCE = 64_000_000  # bytes of text that a plan reads whole
 BLOCK_BYTES = 1 << 20  # of each of two tensors that are compared
 ADAPTER = "adapter_config.json"  # leads transformers away from the folder's own weights, to those the adapter was made for
-HUB_FILES = ["config.json", ADAPTER, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+HUB_FILES = ["README.md", "config.json", ADAPTER, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
 FILE_FORMATS: dict[str, FileFormat] = {".jsonl": "jsonl", ".txt": "txt"}
 
 

@@ -1,12 +1,13 @@
 """What happened in a run, as JSON lines on disk, until it stands in MLflow. A spool exists as long as it is not recorded there.
 
-    <run folder>/tracking/<nanoseconds>-<pid>.jsonl     one attempt: a header, then events, then `end`
+    <run folder>/tracking/<nanoseconds>-<pid>.jsonl     one attempt: a header, then events, then `end`; meant for the header's `place`
     <run folder>/tracking/recorded.json                 what MLflow holds of the last attempt that was recorded
 
 The writer holds a lock on its open file. The operating system takes it away when the writer dies, however it dies: a reader
 that sees the lock free knows that nothing will follow. Whoever records a spool deletes it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -32,7 +33,7 @@ class Recorded(Frozen):
 
     def write(self, run_dir: Path) -> None:
         file = run_dir / FOLDER / "recorded.json"
-        temporary = file.with_suffix(".tmp")
+        temporary = file.with_name(f".{file.name}-{os.getpid()}")  # not store.write_whole: this module lies below the store
         temporary.write_text(self.model_dump_json(indent=1) + "\n")
         temporary.replace(file)
 
@@ -53,21 +54,38 @@ class Spool:
         self.path = folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
         temporary = self.path.with_suffix(".new")
         self._stream = open(temporary, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`: its lock must last
-        fcntl.flock(self._stream, fcntl.LOCK_EX)
-        self.append(header)
-        temporary.rename(self.path)  # a reader never sees it without its lock and header
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX)
+            self.append(header)
+            temporary.rename(self.path)  # a reader never sees it without its lock and header
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it would repeat the flush that failed
+                self._stream.close()
+            raise
 
     def append(self, event: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(event) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
+        """OSError where the last events cannot be written; closed all the same."""
         self._stream.close()
 
 
-def spools(run_dir: Path) -> list[Path]:
-    """Attempts that are not recorded yet, oldest first."""
-    return sorted((run_dir / FOLDER).glob("*.jsonl"))
+def spools(run_dir: Path, place: Mapping[str, str] | None = None) -> list[Path]:
+    """Attempts that are not recorded yet, oldest first; with `place` only those that are meant for it."""
+    found = sorted((run_dir / FOLDER).glob("*.jsonl"))
+    return found if place is None else [spool for spool in found if _place(spool) == place]
+
+
+def _place(spool: Path) -> Any:
+    """Where it is to be recorded; None where it was removed meanwhile, is another user's, or lost its header in a power cut."""
+    try:
+        with open(spool, "rb") as stream:
+            return json.loads(stream.readline()).get("place")
+    except (OSError, ValueError):
+        return None
 
 
 def is_live(spool: Path) -> bool:

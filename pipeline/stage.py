@@ -37,6 +37,7 @@ BUILT_IN = {
     "structured_prune": "stages.structured_prune:StructuredPrune",
     "rtn": "stages.rtn:RTN",
     "gptq": "stages.gptq:GPTQ",
+    "awq": "stages.awq:AWQ",
     "dequantize": "stages.dequantize:Dequantize",
     "evaluate": "stages.evaluate:Evaluate",
 }
@@ -87,7 +88,6 @@ class Stage(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int]
-    env: ClassVar[str] = "main"
     resumes: ClassVar[bool] = False  # continues from what an interrupted attempt left in `ctx.output`; else that is cleared first
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the numbers, so is part of the key
 

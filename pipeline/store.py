@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,7 @@ def check_writable(root: Path) -> None:
 
 def write_whole(file: Path, text: str) -> None:
     """Replace a small file in one step: a reader, also after a crash, sees the old text or the new."""
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
@@ -148,7 +149,7 @@ def explain_os_error(error: OSError, place: Path) -> str:
         return f"the disk of {place} is full; free some space (`run mode=gc` removes what no run uses) and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} cannot be written ({error.strerror}); choose another folder with `outputs=...`"
-    return f"{place}: {error.strerror or error}"
+    return f"{place} cannot be used ({error.strerror or error}); choose another folder with `outputs=...`"
 
 
 def _fsync(path: Path) -> None:

@@ -37,6 +37,15 @@ def format_size(count: float) -> str:
     raise AssertionError
 
 
+def format_seconds(seconds: float) -> str:
+    """`4.2 s` below a minute, then `1:02`, then `1:01:02`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 

@@ -2,12 +2,13 @@
 
 `Tracker` listens and writes a spool (see `spool.py`). The moment a stage really runs it starts `python -m pipeline.recorder`,
 which follows the spool and writes to MLflow beside the run. A tracking server that is down, a wrong address or a killed run
-costs one sentence, never the run: the spool stays, and the next run hands it to its recorder. Where every stage was a hit and
-MLflow has this very pipeline already, nothing is started at all.
+costs one sentence, never the run: the spool stays, and the next run that records to the same place hands it to its recorder.
+Where every stage was a hit and MLflow has this very pipeline already, nothing is started at all.
 """
 
 import os
 import re
+import site
 import sqlite3
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from pipeline.report_table import markdown
 from pipeline.spec import ModelSpec
 from pipeline.spool import FOLDER, Recorded, Spool, is_live, spools
 
-PARENT_VARIABLE = "LLMPRESS_PARENT_RUN"  # MLflow run id of the sweep that this pipeline belongs to
 REASON_WIDTH = 160  # characters of an error that are shown
 PATIENCE = 20.0  # seconds that a finished run waits for its recorder
 SQLITE = "sqlite:///"
@@ -43,13 +43,17 @@ RECORDER_ENVIRONMENT = {
 
 
 class Tracker:
-    """A listener for one run; call `finish` when its report is written. `outputs` holds the default database and `runs/`."""
+    """A listener for one run; call `finish` when its report is written. `outputs` holds the default database and `runs/`.
 
-    def __init__(self, plan: Plan, settings: TrackingSettings, outputs: Path, run_dir: Path) -> None:
+    `sweep` is an id that all jobs of a sweep share, its folder's path; their pipelines then stand under one parent run.
+    """
+
+    def __init__(self, plan: Plan, settings: TrackingSettings, outputs: Path, run_dir: Path, sweep: str = "") -> None:
         self.plan, self.settings, self.outputs, self.run_dir = plan, settings, outputs, run_dir
         self.chosen = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's own variable, as its users expect
         self.uri = self.chosen or f"{SQLITE}{(outputs / 'mlflow.db').resolve()}"
-        self.parent = os.environ.get(PARENT_VARIABLE, "")
+        self.place = place_of(self.uri, settings.experiment)
+        self.sweep = sweep
         self.log = run_dir / FOLDER / "recorder.log"
         self._waiting: list[Mapping[str, Any]] = []
         self._spool: Spool | None = None
@@ -68,26 +72,37 @@ class Tracker:
                 self._start()
             self._write()
         except (OSError, ValueError) as error:
-            self._problem = f"events cannot be spooled ({error})"
+            self._problem = f"events cannot be spooled ({without_password(str(error))})"
 
     def finish(self, report: Report, patience: float = PATIENCE) -> str:
         """Hand over the report and wait for the recorder, at most `patience` seconds. Returns where to look, or what is wrong."""
-        state = self._state(report)
         try:
-            if self._spool is None and not self._problem:
-                if report.verdict == "complete" and is_recorded(self.run_dir, self.uri, state):
-                    self._replay()
-                    return self._where("   (already recorded)")
-                self._start()
-            self._waiting.append({"event": "end", "report": report.model_dump(mode="json"), "note": markdown(report), "state": state})
-            self._write()
+            return self._hand_over(report) or self._wait(patience, report.verdict)
         except OSError as error:
-            self._problem = f"events cannot be spooled ({error})"
-        if self._spool is not None:
-            self._spool.close()
-        if self._problem or self._spool is None or self._recorder is None:
-            return f"not recorded: {self._problem}"
-        deadline = time.monotonic() + (patience if report.verdict != "interrupted" else min(patience, PATIENCE_AFTER_INTERRUPT))
+            return f"not recorded: {self._problem or without_password(str(error))}"
+
+    def _hand_over(self, report: Report) -> str:
+        """Write the report and close the spool. What to say where nobody is to be waited for, else empty."""
+        state = self._state(report)
+        nothing_ran = self._spool is None and not self._problem
+        if nothing_ran and report.verdict == "complete" and is_recorded(self.run_dir, self.uri, state):
+            self._replay()
+            return self._where("   (already recorded)")
+        try:
+            if nothing_ran:
+                self._start()
+            if not self._problem:
+                end = {"event": "end", "report": report.model_dump(mode="json"), "note": markdown(report), "state": state}
+                self._waiting.append(end)
+                self._write()
+        finally:
+            if self._spool is not None:
+                self._spool.close()
+        return f"not recorded: {self._problem}" if self._problem else ""
+
+    def _wait(self, patience: float, verdict: str) -> str:
+        assert self._spool is not None and self._recorder is not None, "both were started when the report was handed over"
+        deadline = time.monotonic() + (patience if verdict != "interrupted" else min(patience, PATIENCE_AFTER_INTERRUPT))
         while self._spool.path.exists() and self._recorder.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if not self._spool.path.exists():
@@ -106,7 +121,7 @@ class Tracker:
         return f"{view}{remark}\n{table}"
 
     def _start(self) -> None:
-        self._spool = Spool(self.run_dir, header(self.plan, self.run_dir, self.parent))
+        self._spool = Spool(self.run_dir, header(self.plan, self.run_dir, self.place, self.sweep))
         self._recorder = self._launch([self.run_dir, *self._forgotten()])
 
     def _write(self) -> None:
@@ -117,14 +132,14 @@ class Tracker:
 
     def _replay(self) -> None:
         """Let what earlier runs could not record be recorded now; nobody waits for it."""
-        forgotten = self._forgotten() + ([self.run_dir] if spools(self.run_dir) else [])
+        forgotten = self._forgotten() + ([self.run_dir] if spools(self.run_dir, self.place) else [])
         if forgotten:
             self._launch(forgotten)
 
     def _forgotten(self) -> list[Path]:
-        """Folders of other runs whose spools nobody writes any more."""
+        """Folders of other runs with spools for this very place, which nobody writes any more."""
         folders = sorted({spool.parent.parent for spool in self.outputs.glob(f"runs/*/*/{FOLDER}/*.jsonl")} - {self.run_dir})
-        return [folder for folder in folders if not any(is_live(spool) for spool in spools(folder))]
+        return [folder for folder in folders if spools(folder, self.place) and not any(is_live(spool) for spool in spools(folder))]
 
     def _launch(self, run_dirs: list[Path]) -> "subprocess.Popen[bytes]":
         """A session of its own keeps the terminal's Ctrl-C away; -P keeps the working folder's modules out."""
@@ -138,19 +153,31 @@ class Tracker:
     def _state(self, report: Report) -> str:
         """Digest of what MLflow would hold of this run when every stage is a hit, and of where."""
         keys = {stage.name: stage.key for stage in report.stages}
-        place = {"uri": self.uri, "experiment": self.settings.experiment, "parent": self.parent}
-        return digest("tracking", {"digest": report.digest, "keys": keys, **place})
+        return digest("tracking", {"digest": report.digest, "keys": keys, "place": self.place, "sweep": self.sweep})
 
 
 def _popen(command: list[str], uri: str, log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """The URI goes through the environment: it may hold a password, and command lines are public."""
+    """With this very package, wherever it was imported from, as the stages' processes.
+
+    The URI goes through the environment: it may hold a password, and command lines are public.
+    """
     environment = {**RECORDER_ENVIRONMENT, **os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in site.getsitepackages():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
 
 
-def header(plan: Plan, run_dir: Path, parent: str) -> dict[str, Any]:
+def place_of(uri: str, experiment: str) -> dict[str, str]:
+    """Where a spool is to be recorded, without a secret: a changed password is the same place, another working folder is not."""
+    if uri.startswith(SQLITE):
+        uri = SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
+    return {"experiment": experiment, "uri_digest": digest("uri", {"uri": without_password(uri)})}
+
+
+def header(plan: Plan, run_dir: Path, place: Mapping[str, str], sweep: str) -> dict[str, Any]:
     """The spool's first line: everything about the pipeline that is known before it runs."""
     return {
         "event": "pipeline",
@@ -158,7 +185,8 @@ def header(plan: Plan, run_dir: Path, parent: str) -> dict[str, Any]:
         "name": short_name(plan),
         "recipe": plan.recipe.name,
         "digest": plan.digest,
-        "parent": parent,
+        "place": dict(place),
+        "sweep": sweep,
         "run_dir": str(run_dir.resolve()),
         "params": pipeline_params(plan),
         "nodes": {node.name: _node_header(node, number) for number, node in enumerate(plan.nodes, 1)},

@@ -3,9 +3,11 @@
 - `pipeline="sequential"` is named: the other one it may infer for itself quantizes with an empty Hessian and saves nan.
 - Calibration batches come from a DataLoader in our order; its own loader shuffles with the global random generator.
 - Where a Hessian cannot be inverted it rounds to nearest and logs that; `GPTQWithReport` keeps the names.
+- AWQ pins memory for an accelerator that need not be there, and goes on past a layer that computes nan; `StrictAWQ` does not.
 """
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +15,19 @@ from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from pydantic import PrivateAttr
 from torch.utils.data import DataLoader
 
+from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
 from pipeline.stage import Context
+from stages.runtime.guard import check_probe
+from stages.runtime.loading import load_model
+from stages.runtime.packing import calibrated_packer, quantization_config, write_quantized
+from stages.runtime.scheme import CalibratedQuantization
+from stages.runtime.scoring import token_losses
+from stages.runtime.text import calibration_windows, load_tokenizer
 
 
 class GPTQWithReport(GPTQModifier):  # type: ignore[misc]  # the library has no types
@@ -33,22 +44,68 @@ class GPTQWithReport(GPTQModifier):  # type: ignore[misc]  # the library has no 
         return self._fallbacks
 
 
-def run_oneshot(model: Any, tokenizer: Any, modifier: Modifier, windows: torch.Tensor, batch_size: int, ctx: Context) -> None:
-    """Apply `modifier` to `model`, a resident one on the CPU, in place, calibrated on `windows` [samples, length].
+class UnpinnedCache(IntermediatesCache):  # type: ignore[misc]
+    """Without an accelerator there is nothing to pin memory for, and torch refuses to."""
+
+    def pin_memory(self, batch_index: int, input_names: list[str] | None = None) -> None:
+        pass
+
+
+class StrictAWQ(AWQModifier):  # type: ignore[misc]
+    """AWQModifier that runs without an accelerator, compares losses in float32 and stops where it cannot compare them."""
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        caches: dict[Any, IntermediatesCache] = self._parent_args_cache
+        if not torch.accelerator.is_available():
+            caches.update({module: UnpinnedCache(None, self.offload_device) for module in caches})
+
+    def _compute_loss(self, dense: list[torch.Tensor], rounded: list[torch.Tensor]) -> float:
+        """Mean squared error over all batches. The library rounds the sum of each batch to the outputs' own dtype: in bf16 the
+        choice between two scales would then depend on the batch size."""
+        errors = ((one.float() - other.float()).square().sum().item() for one, other in zip(dense, rounded, strict=True))
+        return float(sum(errors)) / sum(one.numel() for one in dense)
+
+    def on_finalize(self, state: Any, **kwargs: Any) -> bool:
+        searched = {row["layer_name"] for row in self._error_metrics}
+        skipped = [mapping.parent_name for mapping in self._resolved_mappings if mapping.smooth_name not in searched]
+        if skipped:
+            raise ValueError(
+                f"{skipped[0]} computes nan or inf on the calibration text ({len(skipped)} modules do or were not reached); "
+                "evaluate this model before quantizing it"
+            )
+        return bool(super().on_finalize(state, **kwargs))
+
+
+def run_oneshot(
+    model: Any,
+    tokenizer: Any,
+    recipe: Sequence[Modifier],
+    windows: torch.Tensor,
+    batch_size: int,
+    ctx: Context,
+    searched: Mapping[str, int] | None = None,
+) -> None:
+    """Apply the modifiers of `recipe` to `model`, a resident one on the CPU, in place, calibrated on `windows` [samples, length].
 
     The library moves one layer at a time to the accelerator, where there is one; afterwards the model is on the CPU again.
 
-    Every decoder layer sees every batch twice: once to gather its statistics, once to hand its quantized output on.
+    Every decoder layer sees every batch twice: once to gather its statistics, once to hand its output on. The modules of
+    `searched`, and those of them that lie within, see every batch that many times more; progress counts these too.
     """
-    layers = model.get_decoder().layers
+    searched = searched or {}
     batches: DataLoader[Any] = DataLoader([{"input_ids": window} for window in windows], batch_size=batch_size)  # type: ignore[arg-type]
-    total, done = 2 * len(layers) * len(batches), itertools.count(1)
-    hooks = [layer.register_forward_hook(lambda *_: ctx.progress("calibrating", next(done), total)) for layer in layers]
+    forwards = [(layer, 2) for layer in model.get_decoder().layers]
+    for name in searched:
+        more = sum(times for outer, times in searched.items() if f"{name}.".startswith(f"{outer}."))
+        forwards.append((model.get_submodule(name), 2 + more))
+    total, done = len(batches) * sum(count for _, count in forwards), itertools.count(1)
+    hooks = [module.register_forward_hook(lambda *_: ctx.progress("calibrating", next(done), total)) for module, _ in forwards]
     try:
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            recipe=[modifier],
+            recipe=list(recipe),
             dataset=batches,
             num_calibration_samples=len(windows),
             shuffle_calibration_samples=False,
@@ -59,3 +116,30 @@ def run_oneshot(model: Any, tokenizer: Any, modifier: Modifier, windows: torch.T
         for hook in hooks:
             hook.remove()
     remove_dispatch(model)
+
+
+def quantize_calibrated(
+    ctx: Context,
+    model: DenseCheckpoint,
+    calibration: Dataset,
+    params: CalibratedQuantization,
+    batch_size: int,
+    recipe: Sequence[Modifier],
+    actorder: str | None = None,
+    searched: Mapping[str, int] | None = None,
+) -> QuantizedCheckpoint:
+    """Load `model`, apply `recipe`, write what came of it to `ctx.output` and prove that it reloads as the same model.
+
+    Every tensor is the calibrated model's, the dense ones too: a modifier may have folded scales into norms.
+    """
+    source, form = model.model_spec, params.format
+    spec, quantization = params.apply(source), quantization_config(form, params.ignored_names(source), actorder)
+    tokenizer = load_tokenizer(model.path)
+    windows = calibration_windows(calibration, tokenizer, params.num_samples, params.max_length)
+    resident = load_model(model.path)
+    run_oneshot(resident, tokenizer, recipe, windows, batch_size, ctx, searched)
+    losses = token_losses(resident, windows[:1])
+    write_quantized(ctx, model, spec, quantization, calibrated_packer(resident, form), resident.get_parameter)
+    resident.to("meta")  # free its memory for the probe's copy; `del` would not: torch.fx's tracer keeps a reference
+    check_probe(losses, ctx.output, windows[:1])
+    return QuantizedCheckpoint(path=ctx.output, spec=spec)

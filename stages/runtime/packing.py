@@ -119,9 +119,15 @@ def packed_formats(spec: ModelSpec) -> dict[str, WeightFormat]:
 
 
 def write_quantized(
-    ctx: Context, model: Checkpoint, spec: ModelSpec, quantization: dict[str, Any], pack: Callable[[str], dict[str, torch.Tensor]]
+    ctx: Context,
+    model: Checkpoint,
+    spec: ModelSpec,
+    quantization: dict[str, Any],
+    pack: Callable[[str], dict[str, torch.Tensor]],
+    dense: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
-    """Write `model` to `ctx.output` as `spec` says: packed modules as `pack(module)` gives them, all else copied unchanged.
+    """Write `model` to `ctx.output` as `spec` says: packed modules as `pack(module)` gives them, every other tensor as
+    `dense(name)` gives it or, without that, copied unchanged.
 
     config.json is the source's own with `quantization` added, not what a library would save again.
     """
@@ -133,6 +139,8 @@ def write_quantized(
             if module in formats:
                 for suffix, tensor in pack(module).items():
                     writer.add(f"{module}.{suffix}", tensor)
+            elif dense is not None:
+                writer.add(name, dense(name))
             else:
                 writer.copy(name, reader)
             ctx.progress("writing", done, len(names))

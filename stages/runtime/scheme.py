@@ -70,6 +70,49 @@ class WeightQuantization(Stage.Params):
         return [f"num_bits {self.num_bits}: transformers loads the result, but vLLM's kernels take only 4 and 8 bits"]
 
 
+class CalibratedQuantization(WeightQuantization):
+    """A quantizer that looks at what the layers compute on text."""
+
+    num_samples: int = Field(default=128, ge=1)  # calibration windows ...
+    max_length: int = Field(default=256, ge=2)  # ... and their tokens; 2048 is usual for models of a billion weights and more
+
+    def apply(self, model: ModelSpec) -> ModelSpec:
+        """ValueError also for windows longer than the model's positions."""
+        positions = model.architecture.max_position
+        if self.max_length > positions:
+            raise ValueError(f"max_length {self.max_length} is more than the model's {positions} positions; write {positions} or less")
+        return super().apply(model)
+
+    @property
+    def tokens(self) -> int:
+        return self.num_samples * self.max_length
+
+
+def calibration_memory(params: CalibratedQuantization, dense: ModelSpec, packed: ModelSpec) -> Memory:
+    """What stays in RAM while one decoder layer after another is calibrated, and while the result is written."""
+    shape, item = dense.architecture, ITEM_BYTES[dense.dtype]
+    ram = {
+        "model": dense.nbytes,
+        "calibration hidden states": 2 * params.tokens * shape.hidden_size * item,
+        "attention masks": params.tokens * params.max_length * item,
+    }
+    if shape.tied:
+        ram["untied copy of the embedding"] = shape.vocab_size * shape.hidden_size * item
+    packing = packing_memory(dense, packed, writes=packed)
+    return Memory(ram=ram | packing.ram, disk=packing.disk)
+
+
+def batch_memory(params: CalibratedQuantization, model: ModelSpec, batch_size: int) -> int:
+    """Bytes of a decoder layer's activations in one forward of `batch_size` windows.
+
+    llm-compressor calibrates with eager attention: every score exists, twice in the model's dtype and once in float32.
+    """
+    shape, item, length = model.architecture, ITEM_BYTES[model.dtype], params.max_length
+    widest = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.num_heads * shape.head_dim
+    scores = shape.num_heads * length * (2 * item + 4)
+    return batch_size * length * (widest * item + 4 * shape.intermediate_size + scores)
+
+
 def packing_memory(dense: ModelSpec, packed: ModelSpec, writes: ModelSpec) -> Memory:
     """Peak of a stage that turns one weight after another from dense to packed, or back, and writes `writes`."""
     shapes = [group.shape for group in packed.groups if not group.format.is_dense]

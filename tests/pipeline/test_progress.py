@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.progress import Bar, Display, format_seconds
+from pipeline.progress import Bar, Display
+from pipeline.target import format_seconds
 
 FINISHED = {"key": "k", "path": "p", "nbytes": 9_970_000, "metrics": {}, "peak_rss": 1, "notes": [], "seconds": 1.0}
 

@@ -158,10 +158,10 @@ def test_a_local_model_s_key_follows_its_chat_templates_but_not_its_readme(folde
     assert open_folder(folder).key != first
 
 
-def test_all_that_a_stage_copies_is_downloaded_with_a_hub_model() -> None:
+def test_all_that_a_stage_copies_and_the_licence_are_downloaded_with_a_hub_model() -> None:
     wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "qwen.tiktoken",
-              "vocab.txt", "chat_template.json", "additional_chat_templates/tools.jinja"]  # fmt: skip
-    other = ["README.md", "pytorch_model.bin", "modeling_custom.py", "training_args.bin", "onnx/model.onnx"]
+              "vocab.txt", "chat_template.json", "additional_chat_templates/tools.jinja", "README.md"]  # fmt: skip
+    other = ["pytorch_model.bin", "modeling_custom.py", "training_args.bin", "onnx/model.onnx"]
     assert list(filter_repo_objects(wanted + other, allow_patterns=HUB_FILES)) == wanted
 
 

@@ -119,7 +119,7 @@ def test_a_lock_is_held_by_one_and_freed_at_the_end(store: Store) -> None:
 
 def test_an_unwritable_folder_is_one_sentence_for_root_too(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"file/outputs: Not a directory"):
+    with pytest.raises(StoreError, match=r"file/outputs cannot be used \(Not a directory\); choose another folder"):
         check_writable(tmp_path / "file" / "outputs")
     if Path("/proc/self").exists():  # a file system that no user may write to
         with pytest.raises(StoreError, match=r"^/proc/llmpress"):

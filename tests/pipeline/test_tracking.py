@@ -6,7 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from pipeline.plan import Plan
 from pipeline.recipe import TrackingSettings
 from pipeline.report import Report, RunRecord, build_report
 from pipeline.spool import FOLDER, Recorded, Spool, follow, is_live, spools
-from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, is_recorded, short_name, view_command
+from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, is_recorded, place_of, short_name, view_command
 from tests.pipeline.rehearsal import plan_of, rehearse, small_model
 
 LONG = 120.0  # seconds for a recorder on a loaded machine
@@ -65,9 +68,9 @@ def folder_of(plan: Plan, outputs: Path) -> Path:
 
 
 def run(plan: Plan, outputs: Path, kind: type[Tracker] = Tracker, uri: str | None = None, error: BaseException | None = None,
-        **events: Any) -> tuple[Tracker, str, Report]:  # fmt: skip
+        sweep: str = "", **events: Any) -> tuple[Tracker, str, Report]:  # fmt: skip
     folder = folder_of(plan, outputs)
-    record, tracker = RunRecord(folder), kind(plan, TrackingSettings(uri=uri), outputs, folder)
+    record, tracker = RunRecord(folder), kind(plan, TrackingSettings(uri=uri), outputs, folder, sweep)
     rehearse(plan, outputs, [record, tracker], **events)
     report = build_report(plan, record, error)
     report.write(folder)
@@ -151,7 +154,7 @@ def test_four_runs_at_once_share_a_new_database(model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("database")
-def test_a_tracker_that_is_down_costs_a_sentence_and_the_next_run_replays(
+def test_a_tracker_that_is_down_costs_a_sentence_and_only_a_run_for_the_same_place_replays(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -162,9 +165,24 @@ def test_a_tracker_that_is_down_costs_a_sentence_and_the_next_run_replays(
     assert (report.verdict, len(spools(tracker.run_dir))) == ("complete", 1)
 
     other = Tracker(plan_of(model, tmp_path, num_bits=3), TrackingSettings(), tmp_path, tmp_path / "runs" / "other" / "0")
+    assert other._forgotten() == []
+    same = TrackingSettings(uri="http://127.0.0.1:9")
+    assert Tracker(other.plan, same, tmp_path, other.run_dir)._forgotten() == [tracker.run_dir]
+    elsewhere = TrackingSettings(uri="http://127.0.0.1:9", experiment="another")
+    assert Tracker(other.plan, elsewhere, tmp_path, other.run_dir)._forgotten() == []
+
+    run(plan, tmp_path, Unrecorded)  # the same recipe for the default database: two spools in one folder
     assert other._forgotten() == [tracker.run_dir]
-    assert [run.info.run_name for run in pipelines(replay(tmp_path, *other._forgotten()))] == ["prune>rtn4g64>evaluate"]
-    assert spools(tracker.run_dir) == []
+    assert [run.info.run_name for run in pipelines(replay(tmp_path, tracker.run_dir))] == ["prune>rtn4g64>evaluate"]
+    (left,) = spools(tracker.run_dir)
+    assert json.loads(left.read_text().splitlines()[0])["place"] == tracker.place
+
+
+def test_a_place_is_without_its_password_and_the_same_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place_of("http://me:secret@tracking:5000", "e") == place_of("http://me:changed@tracking:5000", "e")
+    monkeypatch.chdir(tmp_path)
+    assert place_of("sqlite:///mlflow.db", "e") == place_of(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    assert place_of("sqlite:///mlflow.db", "e") != place_of("sqlite:///other.db", "e")
 
 
 @pytest.mark.usefixtures("database")
@@ -196,6 +214,21 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert (pipeline.info.status, pipeline.data.tags["llmpress.verdict"]) == ("KILLED", "interrupted")
     assert [run.info.status for run in found(client, "llmpress-stages")] == ["FINISHED", "FINISHED", "KILLED"]
     assert Recorded.read(folder) is None  # so the next run is recorded whatever it finds
+
+
+@pytest.mark.usefixtures("database")
+def test_a_stage_stopped_by_ctrl_c_does_not_stay_running(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    run(plan, tmp_path, Unrecorded, error=KeyboardInterrupt(), stop="quantize")
+    client = replay(tmp_path, folder_of(plan, tmp_path))
+    (pipeline,) = pipelines(client)
+    assert (pipeline.info.status, pipeline.data.tags["llmpress.verdict"]) == ("KILLED", "interrupted")
+    assert [run.info.status for run in found(client, "llmpress-stages")] == ["FINISHED", "FINISHED", "KILLED"]
+    (stopped,) = found(client, condition="tags.`llmpress.status` = 'interrupted'")
+    assert (stopped.info.run_name, stopped.info.status) == ("3 quantize", "KILLED")
+    execution = client.get_run(stopped.data.tags["stage_run_id"])
+    assert (execution.info.run_name, execution.info.status) == ("rtn4g64", "KILLED")
+    assert len(client.get_metric_history(execution.info.run_id, "loss")) == 3
 
 
 @pytest.mark.usefixtures("database")
@@ -272,14 +305,33 @@ def test_a_replay_that_was_cut_short_doubles_nothing(model: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("database")
-def test_a_sweep_is_the_parent_of_its_pipelines(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = Destination(f"sqlite:///{tmp_path / 'mlflow.db'}", "llmpress", tmp_path / "mlartifacts")
-    parent = sweep.run(sweep.pipelines, {"llmpress.kind": "sweep"}, "sweep", time.time())
-    monkeypatch.setenv("LLMPRESS_PARENT_RUN", parent)
-    plan = plan_of(model, tmp_path)
-    run(plan, tmp_path, Unrecorded)
-    (pipeline,) = pipelines(replay(tmp_path, folder_of(plan, tmp_path)))
-    assert pipeline.data.tags["mlflow.parentRunId"] == parent
+def test_a_sweep_is_the_parent_of_its_pipelines(model: Path, tmp_path: Path) -> None:
+    sweep = str(tmp_path / "a person's sweep")
+    first, second = (plan_of(model, tmp_path, num_bits=num_bits) for num_bits in (3, 4))
+    run(first, tmp_path, Unrecorded, sweep=sweep)
+    run(second, tmp_path, Unrecorded, sweep=sweep, error=KeyboardInterrupt(), stop="quantize")
+    client = replay(tmp_path, folder_of(first, tmp_path), folder_of(second, tmp_path))
+    (parent,) = found(client, condition="tags.`llmpress.kind` = 'sweep'")
+    assert (parent.info.run_name, parent.info.status, parent.data.tags["llmpress.sweep"]) == ("sweep", "FINISHED", sweep)
+    children = found(client, condition=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [(child.info.run_name, child.info.status) for child in children] == [
+        ("prune>rtn3g64>evaluate", "FINISHED"),
+        ("prune>rtn4g64>evaluate", "KILLED"),
+    ]
+
+
+@pytest.mark.usefixtures("database")
+def test_jobs_of_a_sweep_at_once_make_one_parent(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    destinations = [Destination(uri, "llmpress", tmp_path / "mlartifacts") for _ in range(4)]
+    start = threading.Barrier(len(destinations))
+
+    def job(destination: Destination) -> str:
+        start.wait()
+        return destination.open_sweep("sweep", time.time())
+
+    with ThreadPoolExecutor(len(destinations)) as pool:
+        assert len(set(pool.map(job, destinations))) == 1
 
 
 @pytest.mark.usefixtures("database")
@@ -318,6 +370,13 @@ def test_a_spool_is_live_while_its_writer_is_and_a_cut_line_is_dropped(tmp_path:
     assert [event["event"] for batch in follow(spool.path) for event in batch] == ["pipeline", "curve"]
 
 
+def test_a_spool_that_lost_its_header_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "1-1.jsonl").touch()
+    assert len(spools(tmp_path)) == 1
+    assert spools(tmp_path, place_of("sqlite:///mlflow.db", "llmpress")) == []
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(model: Path, tmp_path: Path) -> None:
     plan = plan_of(model, tmp_path)
     folder = folder_of(plan, tmp_path)
@@ -326,3 +385,54 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(model: Path, tmp_path: Pa
     assert line.startswith("not recorded: events cannot be spooled")
     assert report.verdict == "complete"
     assert json.loads((folder / "report.json").read_text())["verdict"] == "complete"
+
+
+def test_a_disk_that_is_full_at_the_end_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    record, tracker = RunRecord(folder), Unrecorded(plan, TrackingSettings(), tmp_path, folder)
+    rehearse(plan, tmp_path, [record, tracker])
+    assert tracker._spool is not None
+    tracker._spool._stream.close()
+    tracker._spool._stream = open("/dev/full", "a")  # noqa: SIM115  closed by `finish`
+    assert tracker.finish(build_report(plan, record)) == "not recorded: [Errno 28] No space left on device"
+    assert tracker._spool._stream.closed
+
+
+def test_a_disk_that_is_full_on_the_way_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, tmp_path)
+    folder = folder_of(plan, tmp_path)
+    record, tracker = RunRecord(folder), Unrecorded(plan, TrackingSettings(), tmp_path, folder)
+
+    def fill(event: Mapping[str, Any]) -> None:
+        if event["event"] == "curve" and tracker._spool is not None and tracker._spool._stream.name != "/dev/full":
+            tracker._spool._stream.close()
+            tracker._spool._stream = open("/dev/full", "a")  # noqa: SIM115  closed by `finish`
+
+    rehearse(plan, tmp_path, [record, fill, tracker])
+    assert tracker.finish(build_report(plan, record)) == "not recorded: events cannot be spooled ([Errno 28] No space left on device)"
+
+
+def test_a_spool_without_room_for_its_header_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: Spool, event: Mapping[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Spool, "append", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        Spool(tmp_path, {"event": "pipeline"})
+    assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_the_recorder_is_of_the_package_that_starts_it(tmp_path: Path) -> None:
+    for package in ("pipeline", "stages"):
+        shutil.copytree(package, tmp_path / "copy" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import sys
+from pathlib import Path
+from pipeline.tracking import _popen
+with open("log", "wb") as log:
+    _popen([sys.executable, "-P", "-c", "import pipeline; print(pipeline.__file__)"], "", log).wait()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "copy", env=environment, check=True)
+    assert (tmp_path / "copy" / "log").read_text().strip() == str(tmp_path / "copy" / "pipeline" / "__init__.py")

@@ -161,7 +161,7 @@ def test_gc_touches_nothing_that_llmpress_did_not_make(run: Run, folder: Path) -
         (["stages.quantize.ignore=['re:(']"], "stages.quantize.ignore: "),
         (["stages.quantize.execution.memory_limit=-1"], "stages.quantize.execution.memory_limit: -1 does not fit"),
         (["+stages.quantize.inputs.model=model.tpyo"], "stages.quantize.inputs.model: there is no 'model.tpyo' before it"),
-        (["tracking.uri=postgresql://me:hunter2@host/db"], "tracking.uri: it holds a password"),
+        (["tracking.uri=postgresql://me:hunter2@host/db"], "tracking.uri: it holds a password or token"),
         (["data.splits.eval=data/calibration.txt", "stages.prune.importance=activation"], "data.splits: "),
     ],
 )

@@ -27,6 +27,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "structured_prune": {"mlp_ratio": 0.4, "head_ratio": 0.5, "round_to": 32, "group_size": 32},
     "rtn": {"group_size": 32, "symmetric": False},
     "gptq": {"group_size": 32, "num_samples": 4, "max_length": 32},
+    "awq": {"group_size": 32, "num_samples": 4, "max_length": 32, "n_grid": 4},
     "evaluate": {"max_length": 64},
 }
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

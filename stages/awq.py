@@ -1,0 +1,101 @@
+"""AWQ: scale up the input channels that matter before rounding, and scale what feeds them down by as much."""
+
+import math
+from collections import Counter
+
+from pydantic import Field
+
+from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.headers import ITEM_BYTES
+from pipeline.spec import ModelSpec
+from pipeline.stage import Context, Stage
+from pipeline.target import Memory, Target
+from stages.runtime.scheme import CalibratedQuantization, batch_memory, calibration_memory
+from stages.runtime.smoothing import has_grouped_queries, smoothings
+
+SEARCH_BYTES = 28  # working memory for each weight of the matrix being tried, measured: it is scaled, rounded and unscaled in float64
+
+
+class AWQ(Stage):
+    """Multiply each input channel's weights by a scale s, round them to nearest, and divide the channel's inputs by s, so that
+    channels with large inputs are rounded finest (activation-aware weight quantization, Lin et al., 2023,
+    https://arxiv.org/abs/2306.00978).
+
+    s = x^r / w^(1 - r), of the channel's mean input and weight magnitudes; attention, MLP and down_proj each take the r in [0, 1]
+    with which rounding changes their output least. `duo_scaling: false` is the paper's s = x^r. The paper's second search, for
+    clipping thresholds, is not in llm-compressor and is left out.
+
+    Runs llm-compressor's sequential pipeline; every layer is calibrated on the unquantized model's hidden states. The division
+    is folded into norms and preceding layers (stages/runtime/smoothing.py), whose tensors therefore differ from the source's.
+
+    Asymmetric by default, unlike gptq and rtn: the authors' code and AutoAWQ (`zero_point: true`) round that way.
+    """
+
+    name, version = "awq", 1
+    libraries = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+
+    class Params(CalibratedQuantization):
+        symmetric: bool = False
+        n_grid: int = Field(default=20, ge=3)  # values of r tried for each module, no scaling at all among them
+        duo_scaling: bool = True
+
+    class Execution(Stage.Execution):
+        batch_size: int = Field(default=8, ge=1)  # calibration windows in one forward
+
+    params: Params
+    execution: Execution
+
+    def infer(self, model: ModelSpec, calibration: DatasetSpec) -> ModelSpec:
+        return self.params.apply(model)
+
+    def memory(self, model: ModelSpec, calibration: DatasetSpec, target: Target) -> Memory:
+        """While the scales of one decoder layer are searched: the inputs of its searched modules are kept for every window."""
+        packed, item, tokens = self.params.apply(model), ITEM_BYTES[model.dtype], self.params.tokens
+        shapes = {name: group.shape for group in packed.linear_groups for name in group.module_names}
+        inputs: Counter[str] = Counter()  # decoder layer -> columns of what its searched modules read
+        working = 0
+        for pair in smoothings(packed):
+            weights = [math.prod(shapes[name]) for name in pair.balance]
+            working = max(working, item * sum(weights) + SEARCH_BYTES * max(weights))
+            inputs[pair.searched.split(".")[2]] += shapes[pair.balance[0]][1]
+        search = {
+            "outputs of one module, dense and rounded": 2 * tokens * model.architecture.hidden_size * item,
+            "working copies of one module's weights": working,
+            "activations of one batch": batch_memory(self.params, model, self.execution.batch_size),
+        }
+        held = calibration_memory(self.params, model, packed)
+        ram = held.ram | {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
+        if target.gpus:
+            layer_bytes = sum(item * math.prod(group.shape) for group in packed.linear_groups if group.layers)
+            return held.model_copy(update={"ram": ram, "vram": {"one layer": layer_bytes, **search}})
+        return held.model_copy(update={"ram": ram | search})
+
+    def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
+        shape, sentences = model.architecture, self.params.explain()
+        if has_grouped_queries(model):
+            sentences.append(
+                f"o_proj is rounded without scaling: {shape.num_heads} query heads share {shape.num_kv_heads} KV heads, "
+                "so v_proj cannot take the division"
+            )
+        return sentences
+
+    def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset) -> QuantizedCheckpoint:
+        import torch
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.transform.awq import AWQMapping
+
+        from stages.runtime.oneshot import StrictAWQ, quantize_calibrated
+        from stages.runtime.packing import scheme_of
+
+        params, source = self.params, model.model_spec
+        pairs = smoothings(params.apply(source))
+        scale = StrictAWQ(
+            mappings=[AWQMapping(pair.smooth, list(pair.balance)) for pair in pairs],
+            n_grid=params.n_grid,
+            duo_scaling=params.duo_scaling,
+            offload_device=torch.device("cpu"),  # one layer's inputs for all windows; the library would keep them on the accelerator
+        )
+        scheme, ignore = scheme_of(params.format), list(params.ignored_names(source))
+        round_to_nearest = QuantizationModifier(config_groups={"group_0": scheme}, ignore=ignore)
+        searched = {pair.searched: params.n_grid + 1 for pair in pairs}  # once dense, then for every r
+        return quantize_calibrated(ctx, model, calibration, params, self.execution.batch_size, [scale, round_to_nearest], searched=searched)
