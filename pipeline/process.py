@@ -208,17 +208,21 @@ def _signal_group(leader: int, number: int) -> None:
             return
 
 
-def _popen(module: str, *arguments: str, stdin: int, stdout: int | IO[bytes], stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """`python -m module` with this very package, wherever it was imported from, and never with what lies in the working folder."""
+def package_path() -> dict[str, str]:
+    """PYTHONPATH for another interpreter to import this very package, wherever it came from; nothing where it is installed."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = dict(os.environ)
-    if root not in site.getsitepackages():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    if root in site.getsitepackages():
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def _popen(module: str, *arguments: str, stdin: int, stdout: int | IO[bytes], stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """`python -m module` with this very package, and never with what lies in the working folder."""
     return subprocess.Popen(
         [sys.executable, "-P", "-u", "-m", module, *arguments],
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
-        env=environment,
+        env={**os.environ, **package_path()},
         start_new_session=True,  # Ctrl-C is for the main process alone, which then ends its workers in order
     )

@@ -8,7 +8,6 @@ Where every stage was a hit and MLflow has this very pipeline already, nothing i
 
 import os
 import re
-import site
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import IO, Any
 from pipeline.artifact import Manifest
 from pipeline.identity import digest, non_default
 from pipeline.plan import Plan, PlannedNode
+from pipeline.process import package_path
 from pipeline.recipe import ModelSource, TrackingSettings
 from pipeline.report import Report, artifact_bytes, model_facts
 from pipeline.report_table import markdown
@@ -161,10 +161,7 @@ def _popen(command: list[str], uri: str, log: IO[bytes]) -> "subprocess.Popen[by
 
     The URI goes through the environment: it may hold a password, and command lines are public.
     """
-    environment = {**RECORDER_ENVIRONMENT, **os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
-    root = str(Path(__file__).resolve().parent.parent)
-    if root not in site.getsitepackages():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**RECORDER_ENVIRONMENT, **os.environ, **package_path(), "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
