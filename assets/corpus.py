@@ -23,8 +23,8 @@ GENERATED = re.compile(
     r"|^encodings/(cp|mac_|iso8859|koi8|kz1048|hp_roman|ptcp|tis_)|_sysconfigdata|(^|/)_?pyrepl|^pydoc_data"
 )
 TESTS = re.compile(r"^test/|/(test|tests|idle_test)/")
-SNAPSHOT_BYTES = {"eval": 400_000, "calibration": 250_000}
-MAX_DOCUMENT_BYTES = {"eval": 8_000, "calibration": 24_000}  # many documents make intervals narrow, long ones fill windows
+SNAPSHOT_BYTES = {"eval": 400_000, "calibration": 250_000, "train": 2_000_000}
+MAX_DOCUMENT_BYTES = {"eval": 8_000, "calibration": 24_000, "train": 24_000}  # many documents make intervals narrow, long ones fill windows
 MIN_DOCUMENT_BYTES = 500
 
 
@@ -67,7 +67,7 @@ def snapshot(split: str, limit: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write data/{calibration,eval}.jsonl from this Python's sources.")
+    parser = argparse.ArgumentParser(description="Write data/{calibration,eval,train}.jsonl from this Python's sources.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,9 @@
 Types are nominal and few, and legal order is their subtype relation:
 
     Artifact > Checkpoint > DenseCheckpoint | QuantizedCheckpoint
+             > Adapter          low-rank weights for a checkpoint, as peft saves them
              > Dataset
+             > TeacherLogits    what a teacher said of a text
              > EvalReport
 
 A checkpoint is an ordinary Hugging Face folder; `artifact.json` stands beside its files and is written last, so its
@@ -17,25 +19,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pipeline.documents import Message, read_conversations, read_documents
 from pipeline.headers import read_json
 from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 
 MANIFEST = "artifact.json"
 FileFormat = Literal["jsonl", "txt"]
+DataFormat = Literal["text", "messages"]
 
 
 class DatasetSpec(Frozen):
     """One split of a dataset: a file of documents. `digest` is over its content, never over its path."""
 
     split: str
-    format: Literal["text", "messages", "tokens"] = "text"
+    format: DataFormat = "text"
     file_format: FileFormat | None = None  # how the file is parsed; None: by its suffix
     digest: str
     nbytes: int
 
 
-Spec = ModelSpec | DatasetSpec | None
+class AdapterSpec(Frozen):
+    """Low-rank matrices beside a checkpoint's. `nbytes` of tensor data."""
+
+    rank: int
+    num_parameters: int
+    nbytes: int
+
+
+class LogitsSpec(Frozen):
+    """A teacher's `k` largest logits at each token of `num_samples` windows, cut from the text of digest `data`.
+
+    `temperature` is the one at which the mass of all other tokens is known.
+    """
+
+    vocab_size: int
+    k: int
+    temperature: float
+    num_samples: int
+    max_length: int
+    data: str
+    nbytes: int
+
+
+Spec = ModelSpec | DatasetSpec | AdapterSpec | LogitsSpec | None
 
 
 class FileRecord(Frozen):
@@ -66,6 +93,7 @@ class Manifest(Frozen):
     spec: ModelSpec | None = None
     outputs: dict[str, str] = {}  # port -> artifact type, for a stage with several
     history: tuple[Provenance, ...] = ()
+    resumes: int = 0  # how often it was continued after an interruption
     tokenizer: str | None = None
     read: dict[str, str] = {}  # port -> digest of the bytes a report was computed from
     metrics: dict[str, float] = {}
@@ -122,7 +150,7 @@ class QuantizedCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class Dataset(Artifact):
-    """One split of documents: `.jsonl` with a `text` (and optional `id`) a line, or `.txt` with `<|endoftext|>` between them."""
+    """One split of documents or of conversations, in a file (pipeline/documents.py)."""
 
     port: ClassVar[str] = "data"
 
@@ -134,29 +162,32 @@ class Dataset(Artifact):
         return "jsonl" if self.path.suffix == ".jsonl" else "txt"
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yield (id, text). ValueError names the line that is no document, or the file that is no text."""
-        try:
-            yield from self._lines() if self.file_format == "jsonl" else self._paragraphs()
-        except UnicodeDecodeError:
-            raise ValueError(f"{self.path} is not UTF-8 text") from None
+        """Yield (id, text) of a `text` split. ValueError as of `read_documents`."""
+        if self.is_chat:
+            raise ValueError(f"{self.path.name} holds conversations (format: messages); plain text is needed here")
+        return read_documents(self.path, self.file_format)
 
-    def _lines(self) -> Iterator[tuple[str, str]]:
-        with open(self.path, encoding="utf-8-sig") as stream:  # -sig: without the mark that some editors put first
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise ValueError(f'{self.path} line {number} is not a JSON object with a "text" that is a string')
-                yield str(row.get("id", number)), row["text"]
+    def conversations(self) -> Iterator[tuple[str, list[Message]]]:
+        """Yield (id, [{"role", "content"}, ...]) of a `messages` split. ValueError as of `read_conversations`."""
+        return read_conversations(self.path)
 
-    def _paragraphs(self) -> Iterator[tuple[str, str]]:
-        for number, text in enumerate(self.path.read_text(encoding="utf-8-sig").split("<|endoftext|>"), 1):
-            if text.strip():
-                yield str(number), text.strip()
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.spec, DatasetSpec) and self.spec.format == "messages"
+
+
+@dataclass(frozen=True)
+class Adapter(Artifact):
+    """Low-rank weights beside a checkpoint, in a folder as peft's `PeftModel.from_pretrained` reads it."""
+
+    port: ClassVar[str] = "adapter"
+
+
+@dataclass(frozen=True)
+class TeacherLogits(Artifact):
+    """A teacher's largest logits at every token of a text (stages/runtime/teacher_logits.py), read in its place."""
+
+    port: ClassVar[str] = "logits"
 
 
 @dataclass(frozen=True)
@@ -167,7 +198,7 @@ class EvalReport(Artifact):
 
 
 TYPES: dict[str, type[Artifact]] = {
-    cls.__name__: cls for cls in (Artifact, Checkpoint, DenseCheckpoint, QuantizedCheckpoint, Dataset, EvalReport)
+    cls.__name__: cls for cls in (Artifact, Checkpoint, DenseCheckpoint, QuantizedCheckpoint, Adapter, Dataset, TeacherLogits, EvalReport)
 }
 
 

@@ -7,6 +7,7 @@ Everything that happens is told to `listeners` as plain dicts with "event", "tim
     node_started   key                                           waiting        key: another run is computing it
     progress       label, done, total                            curve          step, metrics
     note           text                                          warning        text
+    resumed        text: from where
     node_hit, node_finished   seconds, key, path, nbytes, metrics, peak_rss, notes
     node_failed    reason, log
 Listeners run in this process, in order, and observe only: one that raises is reported once and the run goes on.
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MANIFEST, Artifact, Manifest, Provenance
+from pipeline.artifact import Artifact, Manifest, Provenance
+from pipeline.attempt import Attempt
 from pipeline.errors import Interrupted, LlmpressError, PlanError, StoreError
 from pipeline.graph import LATEST_PORTS, Ref
 from pipeline.identity import fingerprint
@@ -165,14 +167,15 @@ class _Run:
                 return manifest, True
             self._check_disk(node)
             self.announce("node_started", node.name, key=node.key)
-            scratch = self._prepare_scratch(node)
+            attempt = Attempt(self.store, node.stage, node.key)
             try:
-                manifest = self._compute(node, scratch)
-                self.store.publish(scratch, manifest)
+                manifest = self._compute(node, attempt)
+                self.store.publish(attempt.folder, manifest)
             except BaseException:
                 if not node.stage.resumes:
                     self.store.discard(node.key)
                 raise
+            self.store.discard(node.key)
         return manifest, False
 
     def _check_disk(self, node: PlannedNode) -> None:
@@ -183,33 +186,30 @@ class _Run:
                 "(`run mode=gc` removes what no run uses) or choose another folder with `outputs=...`"
             )
 
-    def _prepare_scratch(self, node: PlannedNode) -> Path:
-        """Empty, or what an interrupted attempt left to a stage that resumes, made writable again."""
-        if not node.stage.resumes:
-            self.store.discard(node.key)
-        scratch = self.store.scratch(node.key).resolve()
-        for name in (MANIFEST, "artifact.tmp"):  # an attempt that was killed while it published
-            (scratch / name).unlink(missing_ok=True)
-        for file in scratch.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        return scratch
-
-    def _compute(self, node: PlannedNode, scratch: Path) -> Manifest:
-        """Run the stage in a worker. Returns the manifest of what it left in `scratch`."""
+    def _compute(self, node: PlannedNode, attempt: Attempt) -> Manifest:
+        """Run the stage in a worker. Returns the manifest of what it left in the attempt's folder."""
         assert self.server
         notes: list[str] = []
 
         def emit(event: Event) -> None:
             if event["event"] == "note":
                 notes.append(event["text"])
+            elif event["event"] == "resumed":
+                attempt.resumed()
             self.announce.send({"node": node.name, **event})
 
+        if attempt.note:
+            emit({"event": "note", "time": time.time(), "text": attempt.note})
+
         folder = self.run_dir / "logs" / node.name
-        made = run_job(self.server, self._request(node, scratch), folder, node.memory.totals["ram"] + node.memory.totals["vram"], emit)
+        made = run_job(
+            self.server, self._request(node, attempt.folder), folder, node.memory.totals["ram"] + node.memory.totals["vram"], emit
+        )
         if self.server.reason and not self.warned:
             self.warned = True
             self.announce("warning", text=f"stages start in fresh interpreters, which takes seconds each: {self.server.reason}")
-        return build_manifest(node, scratch, made, notes=notes, history=self._history(node), read=self._digests(node))
+        history, read = self._history(node), self._digests(node)
+        return build_manifest(node, attempt.folder, made, notes=notes, history=history, read=read, resumes=attempt.resumes)
 
     def _request(self, node: PlannedNode, scratch: Path) -> Request:
         inputs: dict[str, InputArtifact | None] = dict.fromkeys(input_ports(type(node.stage)))

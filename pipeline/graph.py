@@ -4,7 +4,8 @@ Default wiring, so that a recipe reads like a sentence:
     model, student   the latest checkpoint before it (reports are skipped)
     reference        the source model
     a Dataset port   the split of the same name, `calibration` <- data.calibration
-    anything else    must be named under `inputs`: `teacher: model` is the source model, `prune.model` an output of a node
+    anything else    must be named under `inputs`: `teacher: model` is the source model, `teacher: models.large` another model that
+                     the recipe names, `prune.model` an output of a node
 
 Legal order is a subtype relation. Where a dense checkpoint is needed and a quantized one comes, the named conversion
 `dequantize` is inserted (`convert: never` makes it an error). A name that stands twice in `order` makes nodes `prune` and
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, QuantizedCheckpoint
 from pipeline.errors import did_you_mean
-from pipeline.recipe import Recipe
+from pipeline.recipe import SOURCES, Recipe
 from pipeline.stage import Port, Stage, find_stage
 
 LATEST_PORTS = ("model", "student")
@@ -26,7 +27,7 @@ REFERENCE_PORT = "reference"
 
 @dataclass(frozen=True)
 class Ref:
-    """One output: of a node, of the source `model`, or of `data` (port = split)."""
+    """One output: of a node, of the source `model`, of `models` (port = name) or of `data` (port = split)."""
 
     node: str
     port: str
@@ -57,17 +58,17 @@ class Graph:
     types: Mapping[Ref, type[Artifact]]
 
     def sources(self) -> list[Ref]:
-        """The parts of `model` and `data` that some node reads, each once."""
-        used = [ref for node in self.nodes for ref in node.inputs.values() if ref.node in ("model", "data")]
+        """The parts of `model`, `models` and `data` that some node reads, each once."""
+        used = [ref for node in self.nodes for ref in node.inputs.values() if ref.node in SOURCES]
         return list(dict.fromkeys([SOURCE_MODEL, *used]))
 
 
-def build(recipe: Recipe, source: type[Checkpoint], problems: list[str]) -> Graph:
-    """The typed graph of a recipe whose source model is a `source`.
+def build(recipe: Recipe, sources: Mapping[Ref, type[Checkpoint]], problems: list[str]) -> Graph:
+    """The typed graph of a recipe; `sources` are the types of its `model` and of every one of its `models`.
 
     What is wrong is added to `problems`; a node whose input could not be wired then lacks it, so that the rest can still be checked.
     """
-    builder = _Builder(recipe, source, problems)
+    builder = _Builder(recipe, sources, problems)
     for name in recipe.order:
         builder.add(name)
     builder.add_twins()
@@ -77,13 +78,13 @@ def build(recipe: Recipe, source: type[Checkpoint], problems: list[str]) -> Grap
 @dataclass
 class _Builder:
     recipe: Recipe
-    source: type[Checkpoint]
+    sources: Mapping[Ref, type[Checkpoint]]
     problems: list[str]
     nodes: list[Node] = field(default_factory=list)
     latest: Ref = SOURCE_MODEL
 
     def __post_init__(self) -> None:
-        self.types: dict[Ref, type[Artifact]] = {SOURCE_MODEL: self.source}
+        self.types: dict[Ref, type[Artifact]] = dict(self.sources)
         self.types |= {Ref("data", split): Dataset for split in self.recipe.data.splits}
         self.compared: list[Node] = []
 
@@ -95,7 +96,11 @@ class _Builder:
         inputs: dict[str, Ref] = {}
         ports = config.stage.inputs()
         for unknown in sorted(set(config.inputs) - set(ports)):
-            self.problems.append(f"stages.{name}.inputs.{unknown}: {config.stage.name} has no such input{did_you_mean(unknown, ports)}")
+            if unknown in config.stage.unused():
+                told = "these parameters leave this input unused; remove it"
+            else:
+                told = f"{config.stage.name} has no such input{did_you_mean(unknown, ports)}"
+            self.problems.append(f"stages.{name}.inputs.{unknown}: {told}")
         for port in ports.values():
             ref = self._wire(name, port, config.inputs.get(port.name))
             if ref is not None:
@@ -142,9 +147,15 @@ class _Builder:
             ref = self.latest
         elif port.name == REFERENCE_PORT:
             ref = SOURCE_MODEL
-        elif issubclass(port.accepts[0], Dataset) and not (port.optional and port.name not in self.recipe.data.splits):
-            ref = self._lookup(name, port, f"data.{port.name}")
+        elif issubclass(port.accepts[0], Dataset) and port.name in self.recipe.data.splits:
+            ref = Ref("data", port.name)
         elif port.optional:
+            return None
+        elif issubclass(port.accepts[0], Dataset):
+            splits = ", ".join(self.recipe.data.splits) or "none"
+            self.problems.append(
+                f"data.splits: {name} needs a split `{port.name}`, there are: {splits}; add data.splits.{port.name}=/file.jsonl"
+            )
             return None
         else:
             self.problems.append(f"stages.{name}.inputs.{port.name}: not connected; write for example `{port.name}: model`")

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 DType = Literal["BF16", "F16", "F32"]
+CacheMode = Literal["per_token_head", "static"]
 
 
 class Frozen(BaseModel):
@@ -72,13 +73,25 @@ class ModuleGroup(Frozen):
 
 
 class KVCacheSpec(Frozen):
-    """The key and value cache of one sequence: per token and layer, two vectors per KV head."""
+    """The key and value cache of one sequence: per token and layer, two vectors per KV head.
+
+    `mode` None is a 16-bit cache. Otherwise it is INT8: with a scale for each vector (`per_token_head`), or with a scale for each
+    layer and head that calibration found (`static`), which holds only for the weights it was found with.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
-    num_bits: int = 16
-    scale_bytes: int = 0  # per token, layer and head, for each of key and value
+    mode: CacheMode | None = None
+
+    @property
+    def num_bits(self) -> int:
+        return 8 if self.mode else 16
+
+    @property
+    def scale_bytes(self) -> int:
+        """Per token, layer and head, for each of key and value: one fp32, or none where scales are fixed."""
+        return 4 if self.mode == "per_token_head" else 0
 
     @property
     def bytes_per_token(self) -> int:

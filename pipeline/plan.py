@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec, tokenizer_digest
 from pipeline.errors import RecipeError
-from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, build
+from pipeline.graph import LATEST_PORTS, SOURCE_MODEL, Graph, Node, Ref, build
 from pipeline.identity import DigestMemo, backend_versions, digest, non_default, output_key, stage_key
 from pipeline.recipe import Recipe
 from pipeline.source import check_disjoint, open_model, open_split
@@ -77,13 +77,16 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     """
     memo = DigestMemo(store.root / "digests.json")
     problems: list[str] = []
-    try:
-        source: Checkpoint | None = open_model(recipe.model, resources, memo, execute=execute)
-    except RecipeError as error:
-        problems += error.problems
-        source = None
-    graph = build(recipe, type(source) if source else DenseCheckpoint, problems)  # unreadable: taken as dense, to find the rest
-    sources: dict[Ref, Artifact] = {SOURCE_MODEL: source} if source else {}
+    models: dict[Ref, Checkpoint] = {}
+    written = {SOURCE_MODEL: recipe.model} | {Ref("models", name): model for name, model in recipe.models.items()}
+    for ref, model in written.items():
+        try:
+            models[ref] = open_model(model, resources, memo, execute=execute, where=str(ref))
+        except RecipeError as error:
+            problems += error.problems
+    # an unreadable one is taken as dense, to find what else is wrong
+    graph = build(recipe, {ref: type(models[ref]) if ref in models else DenseCheckpoint for ref in written}, problems)
+    sources: dict[Ref, Artifact] = {ref: model for ref, model in models.items() if ref in graph.sources()}
     splits: dict[str, Dataset] = {}
     for ref in graph.sources():
         if ref.node == "data":
@@ -122,6 +125,7 @@ class _Evaluation:
     def __init__(self, recipe: Recipe, store: Store, sources: Mapping[Ref, Artifact], problems: list[str]) -> None:
         self.recipe, self.store, self.problems = recipe, store, problems
         self.specs: dict[Ref, Spec] = {ref: artifact.spec for ref, artifact in sources.items()}
+        self.tokenizers = {ref: _tokenizer(artifact) for ref, artifact in sources.items()}  # None: not known, or not text
         self.keys = {ref: artifact.key for ref, artifact in sources.items()}
         self.missed: set[str] = set()
         self.found: dict[str, Manifest] = {}  # of the nodes that are hits
@@ -131,6 +135,7 @@ class _Evaluation:
         if required - set(node.inputs) or any(ref not in self.specs for ref in node.inputs.values()):
             return None  # an input has a problem, which has been noted
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in node.inputs.items()}
+        self._check_tokenizers(node)
         try:
             inferred = node.stage.infer(**specs)
         except ValueError as error:
@@ -140,10 +145,12 @@ class _Evaluation:
             return None
         ports = list(node.stage.outputs())
         expected = {ports[0]: inferred} if len(ports) == 1 else {port: getattr(inferred, port) for port in ports}
+        self._check_scales(node, expected)
         input_keys = {port: self.keys[ref] for port, ref in node.inputs.items()}
         key = stage_key(node.stage, input_keys) if all(input_keys.values()) else ""
         for port in ports:
             self.specs[Ref(node.name, port)] = expected[port]
+            self.tokenizers[Ref(node.name, port)] = next(filter(None, map(self.tokenizers.get, node.inputs.values())), None)
             self.keys[Ref(node.name, port)] = output_key(key, port, len(ports)) if key else ""
         status, reason = self._status(node, key, input_keys)
         if status == "miss":
@@ -163,6 +170,27 @@ class _Evaluation:
             notes=(*inserted, *node.stage.explain(**specs)),
         )
 
+    def _check_tokenizers(self, node: Node) -> None:
+        """Models that one stage reads together must read the same tokens."""
+        known = {port: found for port, ref in node.inputs.items() if (found := self.tokenizers.get(ref))}
+        for port, other in list(known.items())[1:]:
+            first = next(iter(known))
+            if other != known[first]:
+                self.problems.append(
+                    f"stages.{node.name}.inputs.{port}: {node.inputs[port]} and {node.inputs[first]} ({first}) have different tokenizers; "
+                    "only models that read the same tokens can be compared, token by token"
+                )
+
+    def _check_scales(self, node: Node, expected: Mapping[str, Spec]) -> None:
+        """Scales of a static cache are those of the weights they were calibrated with."""
+        model = next((self.specs[node.inputs[port]] for port in LATEST_PORTS if port in node.inputs), None)
+        calibrated = isinstance(model, ModelSpec) and model.kv_cache.mode == "static"
+        if calibrated and not node.stage.keeps_weights and any(isinstance(spec, ModelSpec) for spec in expected.values()):
+            self.problems.append(
+                f"order: {node.name} changes the weights that the static KV cache before it was calibrated with; "
+                f"move kv_cache after {node.name}, or write mode: per_token_head"
+            )
+
     def _status(self, node: Node, key: str, input_keys: Mapping[str, str]) -> tuple[Status, str]:
         if not key:
             return "pending", "the digest of the source model is computed when the recipe runs"
@@ -175,6 +203,11 @@ class _Evaluation:
                 return "hit", ""
             return "miss", "what it measured was rebuilt and differs"
         return "miss", f"follows {rebuilt[0]}" if rebuilt else explain_miss(self.store, node.stage, input_keys)
+
+
+def _tokenizer(artifact: Artifact) -> str | None:
+    """Of a checkpoint whose files are here."""
+    return tokenizer_digest(artifact.path) if isinstance(artifact, Checkpoint) and artifact.path != Path() else None
 
 
 def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:

@@ -20,10 +20,12 @@ def build_manifest(
     notes: Sequence[str],
     history: tuple[Provenance, ...],
     read: Mapping[str, str],
+    resumes: int,
 ) -> Manifest:
     """The manifest of what `node` left in `folder`, every byte of which is hashed here.
 
-    `history` are the stages that were applied to its input model, `read` the digests of its inputs' bytes by port.
+    `history` are the stages that were applied to its input model, `read` the digests of its inputs' bytes by port, `resumes` how often
+    an interrupted attempt was continued.
     """
     stage = node.stage
     single = len(node.types) == 1
@@ -42,6 +44,7 @@ def build_manifest(
         spec=spec if isinstance(spec, ModelSpec) else None,
         outputs={} if single else {port: kind.__name__ for port, kind in node.types.items()},
         history=(*history, Provenance(node=node.name, stage=stage.name, key=node.key, params=params)),
+        resumes=resumes,
         tokenizer=tokenizer_digest(folder if single else folder / checkpoint) if checkpoint else None,
         read=dict(read) if is_report else {},  # a checkpoint's key stands for its computation, a report's for its subject
         metrics=_metrics(made, single),

@@ -8,12 +8,13 @@ fields of `Settings`. Then every field is validated, unknown keys are refused, a
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipeline.artifact import DataFormat
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
 from pipeline.stage import Stage, find_stage, stage_names
@@ -22,6 +23,7 @@ from pipeline.target import Target
 ASSETS = "assets:"
 Model = TypeVar("Model", bound=BaseModel)
 NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # it names folders and stands in references
+SOURCES = ("model", "models", "data")  # what references may name besides stages
 PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
 
 
@@ -40,11 +42,30 @@ class ModelSource(Frozen):
         return self
 
 
-class DataSource(Frozen):
-    """Named, disjoint splits, each a `.jsonl` or `.txt` file."""
+class SplitSource(Frozen):
+    """One split: a `.jsonl` or `.txt` file of documents, or a `.jsonl` file of conversations (`messages`)."""
 
-    format: Literal["text"] = "text"
-    splits: dict[str, str] = {}
+    path: str
+    format: DataFormat = "text"
+
+
+class DataSource(Frozen):
+    """Named, disjoint splits. A split written as a path alone is of `format`: `{train: {path: chats.jsonl, format: messages}}`."""
+
+    format: DataFormat = "text"
+    splits: dict[str, SplitSource] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_paths(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or not isinstance(content.get("splits"), Mapping):
+            return content
+        default = {"format": content["format"]} if "format" in content else {}
+        splits = {
+            name: {**default, "path": split} if isinstance(split, str) else {**default, **split} if isinstance(split, Mapping) else split
+            for name, split in content["splits"].items()
+        }
+        return {**content, "splits": splits}
 
 
 class ServeLoad(Frozen):
@@ -74,6 +95,7 @@ class Recipe:
     target: Target
     serve: ServeLoad | None
     convert: Literal["auto", "never"]
+    models: Mapping[str, ModelSource] = field(default_factory=dict)  # others that stages name as inputs, such as a larger teacher
 
 
 class TrackingSettings(Frozen):
@@ -133,7 +155,7 @@ def _hostile(value: Any, path: str) -> Iterator[str]:
 def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]:
     """Validate a composed config (plain containers, interpolations resolved). RecipeError with every problem."""
     problems: list[str] = []
-    known = {"order", "stages", "model", "data", "target", "serve", "convert", *Settings.model_fields}
+    known = {"order", "stages", "model", "models", "data", "target", "serve", "convert", *Settings.model_fields}
     for key in sorted(set(config) - known):
         problems.append(f"{key}: there is no such setting{did_you_mean(key, known)}")
     stages = {}
@@ -143,6 +165,7 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
             stages[node] = stage
     order = _read_order(config.get("order"), problems)
     model = _validated(ModelSource, config.get("model") or {}, "model", problems)
+    models = _read_models(config.get("models") or {}, problems)
     data = _validated(DataSource, config.get("data") or {}, "data", problems)
     settings = _read_settings(config, problems)
     target = _read_target(config.get("target") or {}, problems)
@@ -153,7 +176,7 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
     if problems:
         raise RecipeError(problems)
     assert model and data and settings and target
-    return Recipe(name, order, stages, model, data, target, serve, convert), settings
+    return Recipe(name, order, stages, model, data, target, serve, convert, models), settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -176,14 +199,22 @@ def _read_order(order: Any, problems: list[str]) -> tuple[str, ...]:
     return tuple(order)
 
 
+def _read_models(content: Any, problems: list[str]) -> dict[str, ModelSource]:
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) and NODE_NAME.fullmatch(name) for name in content):
+        problems.append("models: a mapping of names to models is needed, for example models={teacher: {path: /folder}}")
+        return {}
+    read = {name: _validated(ModelSource, source, f"models.{name}", problems) for name, source in content.items()}
+    return {name: source for name, source in read.items() if source is not None}
+
+
 def _read_target(content: Any, problems: list[str]) -> Target | None:
     return Target.host() if content == {"name": "host"} else _validated(Target, content, "target", problems)
 
 
 def _read_stage(node: Any, content: Any, problems: list[str]) -> StageConfig | None:
     where = f"stages.{node}"
-    if not isinstance(node, str) or not NODE_NAME.fullmatch(node) or node in ("model", "data"):
-        problems.append(f"{where}: '{node}' cannot be a stage's name; use letters, digits and _ only, and not `model` or `data`")
+    if not isinstance(node, str) or not NODE_NAME.fullmatch(node) or node in SOURCES:
+        problems.append(f"{where}: '{node}' cannot be a stage's name; use letters, digits and _ only, and none of {', '.join(SOURCES)}")
         return None
     if not isinstance(content, Mapping) or not isinstance(content.get("stage"), str):
         problems.append(f"{where}.stage: which stage is it? there are: {', '.join(stage_names())}")

@@ -116,6 +116,8 @@ class RunRecord:
             node.status = "interrupted"  # until it is heard of again
         elif kind == "note":
             node.notes.append(event["text"])
+        elif kind == "resumed":
+            node.notes.append(f"continued an interrupted attempt from {event['text']}")
         elif kind in ("node_hit", "node_finished"):
             node.status = "hit" if kind == "node_hit" else "ran"
             node.key, node.path = event["key"], Path(event["path"])

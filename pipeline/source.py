@@ -6,15 +6,16 @@ executing computes it.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, FileFormat, QuantizedCheckpoint, tokenizer_digest
-from pipeline.companions import COMPANIONS
+from pipeline.companions import CACHE_FILE, COMPANIONS
 from pipeline.errors import RecipeError
 from pipeline.headers import CheckpointFileError, TensorEntry, read_json, tensor_table
 from pipeline.identity import DigestMemo, data_key, folder_key, hub_key, model_files
+from pipeline.kv_sidecar import read_cache
 from pipeline.recipe import DataSource, ModelSource, resolve_path
 from pipeline.spec import ModelSpec
 
@@ -26,21 +27,24 @@ HUB_FILES = ["README.md", "config.json", ADAPTER, "*.safetensors", "model.safete
 FILE_FORMATS: dict[str, FileFormat] = {".jsonl": "jsonl", ".txt": "txt"}
 
 
-def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute: bool) -> Checkpoint:
-    """The source checkpoint with its spec and key. RecipeError: why it cannot be read, before any weight is."""
+def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute: bool, where: str = "model") -> Checkpoint:
+    """A source checkpoint with its spec and key. RecipeError: why it cannot be read, before any weight is.
+
+    `where` names it in messages.
+    """
     try:
         if model.path:
-            folder = _place(model.path, resources, "model")
-            spec = ModelSpec.from_config(_read_config(folder))
+            folder = _place(model.path, resources, where)
+            spec = _read_spec(folder)
             _check_folder(folder, spec, execute)
             return _typed(folder, spec, _local_key(folder, memo, execute))
         if model.architecture is not None and not (execute and model.id):
             if execute:
-                raise ValueError("it is an architecture without weights, which can be planned but not run; give model.path=/folder")
+                raise ValueError(f"it is an architecture without weights, which can be planned but not run; give {where}.path=/folder")
             return _typed(Path(), ModelSpec.from_config(model.architecture), "")
-        return _hub_model(model, execute)
+        return _hub_model(model, execute, where)
     except (ValueError, OSError) as error:  # CheckpointFileError and config problems are ValueErrors
-        raise RecipeError(f"model: {error}") from None
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def open_split(data: DataSource, split: str, resources: Path, memo: DigestMemo, *, execute: bool) -> Dataset:
@@ -49,18 +53,21 @@ def open_split(data: DataSource, split: str, resources: Path, memo: DigestMemo, 
     Every document is read; of a file above `READ_AT_ONCE` only the first one unless `execute`.
     """
     where = f"data.splits.{split}"
-    path = _place(data.splits[split], resources, where)
+    source = data.splits[split]
+    path = _place(source.path, resources, where)
     if path.suffix not in FILE_FORMATS:
         raise RecipeError(f"{where}: {path.name} is not a .jsonl or .txt file")
     file_format = FILE_FORMATS[path.suffix]
+    if source.format == "messages" and file_format != "jsonl":
+        raise RecipeError(f"{where}: {path.name} is not a .jsonl file; conversations are read from those only")
     try:
         digest, nbytes = memo.compute(path), path.stat().st_size
-        spec = DatasetSpec(split=split, format=data.format, file_format=file_format, digest=digest, nbytes=nbytes)
-        dataset = Dataset(path, spec, data_key(data.format, file_format, digest))
-        documents = dataset.documents()
-        found = next(documents, None)
+        spec = DatasetSpec(split=split, format=source.format, file_format=file_format, digest=digest, nbytes=nbytes)
+        dataset = Dataset(path, spec, data_key(source.format, file_format, digest))
+        samples: Iterator[object] = dataset.conversations() if dataset.is_chat else dataset.documents()
+        found = next(samples, None)
         if execute or nbytes <= READ_AT_ONCE:
-            deque(documents, maxlen=0)  # each line is checked as it is read
+            deque(samples, maxlen=0)  # each line is checked as it is read
     except FileNotFoundError:
         raise RecipeError(f"{where}: {path} does not exist") from None
     except OSError as error:
@@ -101,6 +108,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return read_json(folder / "config.json")
     except FileNotFoundError:
         raise CheckpointFileError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
+
+
+def _read_spec(folder: Path) -> ModelSpec:
+    spec = ModelSpec.from_config(_read_config(folder))
+    cache = read_cache(folder)
+    return spec.with_cache(cache.mode if cache else None)
 
 
 def _check_folder(folder: Path, spec: ModelSpec, execute: bool) -> None:
@@ -154,7 +167,7 @@ def _local_key(folder: Path, memo: DigestMemo, execute: bool) -> str:
     return folder_key({name: memo.compute(file) for name, file in files.items()})
 
 
-def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
+def _hub_model(model: ModelSource, execute: bool, where: str) -> Checkpoint:
     """A hub model at its commit: downloaded when executing, only its config otherwise. RecipeError where it cannot be had.
 
     Where the hub does not answer, what the hub's own cache on this machine holds of that revision is used, at its recorded commit.
@@ -165,7 +178,7 @@ def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     assert model.id
-    wanted = HUB_FILES if execute else ["config.json"]
+    wanted = HUB_FILES if execute else ["config.json", CACHE_FILE]
     try:
         try:
             commit = HfApi().model_info(model.id, revision=model.revision).sha or model.revision
@@ -174,12 +187,12 @@ def _hub_model(model: ModelSource, execute: bool) -> Checkpoint:
             commit = folder.name
         else:
             folder = Path(snapshot_download(model.id, revision=commit, allow_patterns=wanted))
-        spec = ModelSpec.from_config(_read_config(folder))
+        spec = _read_spec(folder)
     except (OSError, httpx.HTTPError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(
-            f"model.id: '{model.id}' at revision '{model.revision}' cannot be had from the hub ({reason}); check the name and your "
-            "access, or give model.path=/folder"
+            f"{where}.id: '{model.id}' at revision '{model.revision}' cannot be had from the hub ({reason}); check the name and your "
+            f"access, or give {where}.path=/folder"
         ) from None
     if not execute:
         return _typed(Path(), spec, hub_key(model.id, commit))

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES, TensorEntry
-from pipeline.layout import DType, Frozen, KVCacheSpec, ModuleGroup, WeightFormat
+from pipeline.layout import CacheMode, DType, Frozen, KVCacheSpec, ModuleGroup, WeightFormat
 from pipeline.model_config import ModelConfig, QuantizationConfig, parse
 
 TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -190,10 +190,12 @@ class ModelSpec(Frozen):
         return self.resized(self.architecture)
 
     def resized(self, architecture: Architecture) -> "ModelSpec":
-        """The dense model of another architecture, its cache as many bits wide as this one's."""
-        spec = ModelSpec.of(architecture)
-        kept = {"num_bits": self.kv_cache.num_bits, "scale_bytes": self.kv_cache.scale_bytes}
-        return spec.model_copy(update={"kv_cache": spec.kv_cache.model_copy(update=kept)})
+        """The dense model of another architecture, its cache stored as this one's."""
+        return ModelSpec.of(architecture).with_cache(self.kv_cache.mode)
+
+    def with_cache(self, mode: CacheMode | None) -> "ModelSpec":
+        """The same model, its KV cache stored in that mode."""
+        return self.model_copy(update={"kv_cache": self.kv_cache.model_copy(update={"mode": mode})})
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of the checkpoint."""

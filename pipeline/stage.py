@@ -64,7 +64,8 @@ class Port:
 class Context:
     """What a running stage may touch.
 
-    `output` is its folder: empty or, for a stage that `resumes`, as an interrupted attempt of the same key left it.
+    `output` is its folder: empty or, for a stage that `resumes`, as an interrupted attempt left it that had the same key, code and
+    execution settings.
     """
 
     output: Path
@@ -78,6 +79,10 @@ class Context:
         """A point of a training or calibration curve."""
         self.emit({"event": "curve", "step": step, "metrics": metrics})
 
+    def resumed(self, where: str) -> None:
+        """Say that an interrupted attempt is continued, and from where: `update 120 of 400`. Counted in artifact.json."""
+        self.emit({"event": "resumed", "text": where})
+
     def note(self, sentence: str) -> None:
         """Something the user should know about the result; kept in artifact.json and the report."""
         self.emit({"event": "note", "text": sentence})
@@ -89,6 +94,7 @@ class Stage(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     resumes: ClassVar[bool] = False  # continues from what an interrupted attempt left in `ctx.output`; else that is cleared first
+    keeps_weights: ClassVar[bool] = False  # the model computes what it did, so that what was calibrated for it stays valid
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the numbers, so is part of the key
 
     class Params(Frozen):
@@ -126,6 +132,10 @@ class Stage(ABC):
         """Input ports that these parameters leave unused: they are not wired and not part of the key."""
         return frozenset()
 
+    def unmade(self) -> frozenset[str]:
+        """Output ports that these parameters leave out. Where one port is left, it is the artifact itself, as of a stage with one."""
+        return frozenset()
+
     def explain(self, *args: Any, **specs: Any) -> list[str]:
         """Sentences for the plan, such as what a ratio was rounded to."""
         return []
@@ -135,7 +145,7 @@ class Stage(ABC):
         return {name: port for name, port in input_ports(type(self)).items() if name not in self.unused()}
 
     def outputs(self) -> dict[str, Port]:
-        return output_ports(type(self))
+        return {name: port for name, port in output_ports(type(self)).items() if name not in self.unmade()}
 
 
 @cache

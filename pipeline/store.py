@@ -71,8 +71,13 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def attempt(self, key: str) -> Path:
+        """What is recorded of the scratch folder (pipeline/attempt.py)."""
+        return self.root / "scratch" / f"{key[:SHORT]}.json"
+
     def discard(self, key: str) -> None:
         shutil.rmtree(self.root / "scratch" / key[:SHORT], ignore_errors=True)
+        self.attempt(key).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, key: str, timeout: float = -1) -> Iterator[None]:

@@ -14,6 +14,7 @@ class Dequantize(Stage):
     """
 
     name, version = "dequantize", 1
+    keeps_weights = True
     libraries = ("torch", "compressed-tensors")
 
     def infer(self, model: ModelSpec) -> ModelSpec:

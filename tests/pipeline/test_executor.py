@@ -173,7 +173,7 @@ def test_a_stage_that_resumes_finds_what_it_left(bench: Bench) -> None:
 def test_an_attempt_killed_while_publishing_does_not_confuse_one_that_resumes(bench: Bench) -> None:
     with pytest.raises(StageFailed):
         bench.run(toy_resume={})
-    scratch = next((bench.store.root / "scratch").iterdir())
+    scratch = next(path for path in (bench.store.root / "scratch").iterdir() if path.is_dir())
     (scratch / "artifact.tmp").write_text("{")
     (scratch / "artifact.json").write_text("{}")
     (result,) = bench.run(toy_resume={})

@@ -80,7 +80,7 @@ def wire(
         "data": DataSource(splits={"calibration": "c.txt", "eval": "e.txt"}), "target": Target.host(), "serve": None, "convert": "auto",
     }  # fmt: skip
     problems: list[str] = []
-    graph = build(Recipe(**(fields | changes)), source, problems)  # type: ignore[arg-type]
+    graph = build(Recipe(**(fields | changes)), {SOURCE_MODEL: source}, problems)  # type: ignore[arg-type]
     if problems:
         raise RecipeError(problems)
     return graph
@@ -172,3 +172,27 @@ def test_every_problem_is_told_at_once() -> None:
 def test_a_wrong_type_is_told_with_both_types() -> None:
     with pytest.raises(RecipeError, match=r"stages.prune.inputs.calibration: model is a DenseCheckpoint, Dataset is needed"):
         wire("prune", {"prune": {"calibration": "model"}})
+
+
+def test_an_input_named_though_the_parameters_leave_it_unused_is_refused() -> None:
+    stages = {"prune": StageConfig(Prune.from_dict({"measured": False}), {"calibration": "data.calibration"})}
+    with pytest.raises(RecipeError, match=r"^stages\.prune\.inputs\.calibration: these parameters leave this input unused; remove it$"):
+        wire("prune", stages=stages)
+
+
+def test_a_split_that_is_needed_and_not_there_is_named() -> None:
+    told = r"^data\.splits: prune needs a split `calibration`, there are: eval; add data\.splits\.calibration=/file\.jsonl$"
+    with pytest.raises(RecipeError, match=told):
+        wire("prune", data=DataSource.model_validate({"splits": {"eval": "e.txt"}}))
+
+
+def test_another_model_of_the_recipe_can_be_named_as_an_input() -> None:
+    large = Ref("models", "large")
+    fields = {"name": "t", "order": ("distill",), "stages": {"distill": StageConfig(Distill(), {"teacher": "models.large"})}}
+    recipe = Recipe(
+        **fields, model=ModelSource(path="m"), models={"large": ModelSource(path="l")}, data=DataSource(), target=Target.host(),
+        serve=None, convert="auto",
+    )  # type: ignore[arg-type]  # fmt: skip
+    graph = build(recipe, {SOURCE_MODEL: DenseCheckpoint, large: QuantizedCheckpoint}, problems := [])
+    assert problems == [] and told(graph) == {"distill": {"student": "model", "teacher": "models.large"}}
+    assert graph.sources() == [SOURCE_MODEL, large]

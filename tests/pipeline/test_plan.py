@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.artifact import FileRecord, Manifest
 from pipeline.errors import RecipeError
+from pipeline.graph import Ref
 from pipeline.identity import backend_versions
 from pipeline.plan import Plan, PlannedNode, make_plan
 from pipeline.recipe import read_config
@@ -204,3 +205,44 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_named(config: dict[str
     config["model"]["path"] = str(broken)
     with pytest.raises(RecipeError, match=r"model: .* does not hold the model its config.json describes: .*gate_proj"):
         plan_of(config, tmp_path)
+
+
+def with_cache(config: dict[str, Any], tmp_path: Path, mode: str) -> dict[str, Any]:
+    """The recipe on a copy of its model that has an INT8 cache."""
+    folder = Path(shutil.copytree(config["model"]["path"], tmp_path / "cached"))
+    (folder / "kv_cache.json").write_text(json.dumps({"mode": mode}))
+    return {**config, "model": {"path": str(folder)}}
+
+
+def test_static_scales_go_stale_when_weights_change(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        plan_of(with_cache(config, tmp_path, "static"), tmp_path / "outputs")
+    assert refused.value.problems[0] == (
+        "order: prune changes the weights that the static KV cache before it was calibrated with; move kv_cache after prune, "
+        "or write mode: per_token_head"
+    )
+
+
+def test_a_cache_that_scales_each_token_travels_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
+    final = plan_of(with_cache(config, tmp_path, "per_token_head"), tmp_path / "outputs").final_spec
+    assert (final.kv_cache.mode, final.kv_cache.bytes_per_token) == ("per_token_head", 2 * 2 * 2 * (64 + 4))
+
+
+def test_models_of_one_stage_must_read_the_same_tokens(config: dict[str, Any], tmp_path: Path) -> None:
+    one, other = (Path(shutil.copytree(config["model"]["path"], tmp_path / name)) for name in ("one", "other"))
+    for folder in (one, other):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": {folder.name: 0}}}))
+    config |= {"model": {"path": str(one)}, "models": {"large": {"path": str(other)}}}
+    config["stages"]["evaluate"]["inputs"] = {"reference": "models.large"}
+    told = r"^stages\.evaluate\.inputs\.reference: models\.large and quantize\.model \(model\) have different tokenizers"
+    with pytest.raises(RecipeError, match=told):
+        plan_of(config, tmp_path / "outputs")
+    (other / "tokenizer.json").write_bytes((one / "tokenizer.json").read_bytes())
+    assert plan_of(config, tmp_path / "outputs").nodes[-1].inputs["reference"] == Ref("models", "large")
+
+
+def test_a_model_that_no_stage_names_is_checked_and_changes_nothing(config: dict[str, Any], tmp_path: Path) -> None:
+    before = plan_of(config, tmp_path / "outputs").digest
+    assert plan_of({**config, "models": {"large": config["model"]}}, tmp_path / "outputs").digest == before
+    with pytest.raises(RecipeError, match=r"^models\.large: .*absent is not a folder"):
+        plan_of({**config, "models": {"large": {"path": str(tmp_path / "absent")}}}, tmp_path / "outputs")

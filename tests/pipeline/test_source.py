@@ -15,6 +15,7 @@ from pipeline import source
 from pipeline.artifact import Checkpoint, Dataset
 from pipeline.errors import RecipeError
 from pipeline.identity import DigestMemo, hub_key
+from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.recipe import DataSource, ModelSource
 from pipeline.source import HUB_FILES, check_disjoint, open_model, open_split
 from tests.stages.models import make_checkpoint
@@ -199,3 +200,40 @@ def test_splits_must_be_disjoint(tmp_path: Path) -> None:
         check_disjoint({"calibration": a, "eval": b, "train": c})
     with pytest.raises(RecipeError, match="calibration, eval and train are the same"):
         check_disjoint({"calibration": a, "eval": b, "train": d})
+
+
+CHAT = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+
+
+def open_train(content: dict[str, object]) -> Dataset:
+    return open_split(DataSource.model_validate(content), "train", Path(), DigestMemo(Path("memo")), execute=False)
+
+
+def test_a_split_may_have_a_format_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(CHAT)
+    file = str(tmp_path / "chats.jsonl")
+    alone = open_train({"splits": {"train": {"path": file, "format": "messages"}}})
+    assert alone.is_chat and len(list(alone.conversations())) == 1
+    assert alone.key == open_train({"format": "messages", "splits": {"train": file}}).key
+    with pytest.raises(ValueError, match=r"^chats\.jsonl holds conversations \(format: messages\); plain text is needed here$"):
+        alone.documents()
+    with pytest.raises(RecipeError, match=r'^data\.splits\.train: .* line 1 is not a JSON object with a "text" that is a string$'):
+        open_train({"splits": {"train": file}})
+
+
+def test_conversations_are_read_from_jsonl_only(tmp_path: Path) -> None:
+    (tmp_path / "chats.txt").write_text(CHAT)
+    with pytest.raises(
+        RecipeError, match=r"^data\.splits\.train: chats\.txt is not a \.jsonl file; conversations are read from those only$"
+    ):
+        open_train({"format": "messages", "splits": {"train": str(tmp_path / "chats.txt")}})
+
+
+def test_a_checkpoint_with_an_int8_cache_is_known_by_its_sidecar(folder: Path) -> None:
+    before = open_folder(folder)
+    write_cache(folder, CacheSettings(mode="per_token_head"))
+    after = open_folder(folder)
+    assert after.model_spec == before.model_spec.with_cache("per_token_head") and after.key != before.key
+    (folder / "kv_cache.json").write_text('{"num_bits": 4, "mode": "per_token_head"}')
+    with pytest.raises(RecipeError, match=r"^model: .*kv_cache\.json: num_bits: .*; write it with the stage kv_cache$"):
+        open_folder(folder)

@@ -93,8 +93,7 @@ def test_the_first_problems_are_shown_and_the_rest_counted(packed: QuantizedChec
 
 def test_the_cache_layout_is_not_the_configs_matter(packed: QuantizedCheckpoint) -> None:
     spec = packed.model_spec
-    cache = spec.kv_cache.model_copy(update={"num_bits": 8, "scale_bytes": 4})
-    check_checkpoint(packed.path, spec.model_copy(update={"kv_cache": cache}))
+    check_checkpoint(packed.path, spec.with_cache("per_token_head"))
 
 
 def test_the_probe_passes_for_the_model_itself_and_fails_for_another(packed: QuantizedCheckpoint) -> None:
