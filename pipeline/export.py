@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, Manifest
@@ -10,6 +11,7 @@ from pipeline.errors import RecipeError, StoreError
 from pipeline.graph import SOURCE_MODEL
 from pipeline.identity import canonical
 from pipeline.plan import Plan
+from pipeline.serving import write_serving
 from pipeline.store import explain_os_error
 
 
@@ -26,14 +28,15 @@ def check_export(plan: Plan, folder: Path) -> None:
         raise RecipeError(f"export_to: {folder} cannot be made ({error.strerror}); name another folder") from None
 
 
-def export_model(plan: Plan, model: Path, manifest: Manifest, folder: Path) -> None:
-    """Copy the checkpoint at `model` to `folder` and write its model card. Complete or absent: copied beside, then renamed."""
+def export_model(plan: Plan, model: Path, manifest: Manifest, folder: Path, metrics: Mapping[str, float]) -> None:
+    """Copy the checkpoint at `model` to `folder`, with a model card and `serving.yaml`. Complete or absent: copied beside, then renamed."""
     partial = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         shutil.copytree(model, partial, ignore=shutil.ignore_patterns(MANIFEST), copy_function=shutil.copyfile, dirs_exist_ok=True)
         (partial / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
+        write_serving(partial, plan.final_spec, str(folder), metrics)
         partial.chmod(0o755)
         partial.rename(folder)  # replaces an empty folder, fails on any other
     except OSError as error:

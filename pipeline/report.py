@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pipeline.artifact import EvalReport, Manifest
 from pipeline.errors import Interrupted
 from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL
-from pipeline.layout import Frozen, WeightFormat
+from pipeline.layout import CacheMode, Frozen
 from pipeline.plan import Plan, PlannedNode
+from pipeline.serving import ServingLine, packed_format, serving_lines
 from pipeline.spec import ModelSpec
 from pipeline.store import write_whole
 
@@ -38,6 +39,7 @@ class StageReport(Frozen):
     path: str | None
     bytes: int | None  # tensor data of a checkpoint, files of anything else
     bits_per_weight: float | None
+    kv_bytes_per_token: int | None  # of a checkpoint
     metrics: dict[str, float]
     planned_bytes: int | None
     planned_peak: dict[str, int]  # bytes by place: ram, vram, disk
@@ -50,10 +52,12 @@ class FinalModel(Frozen):
     """The checkpoint that the pipeline is for."""
 
     node: str
+    output: str  # as references name it, such as `quantize.model`
     type: str
     path: str
     num_bits: int | None  # of its linear weights; None when dense
     group_size: int | None
+    kv_cache: CacheMode | None  # how its cache is stored in INT8; None when 16-bit
 
 
 class Report(Frozen):
@@ -67,6 +71,7 @@ class Report(Frozen):
     seconds: float
     verdict: Verdict
     final: FinalModel | None  # None unless complete
+    serving: tuple[ServingLine, ...]  # of the final model, by engine; empty unless complete
     metrics: dict[str, float]  # the headline: see `headline`
     source: dict[str, float]
     stages: tuple[StageReport, ...]
@@ -75,6 +80,11 @@ class Report(Frozen):
 
     def write(self, run_dir: Path) -> None:
         write_whole(run_dir / "report.json", self.model_dump_json(indent=1) + "\n")
+
+    def final_quality(self) -> dict[str, float]:
+        """Everything that was measured of the final model; empty where nothing was."""
+        measured = self.final.output if self.final else ""
+        return next((stage.metrics for stage in reversed(self.stages) if stage.measures == measured), {})
 
 
 @dataclass
@@ -143,6 +153,7 @@ def build_report(plan: Plan, record: RunRecord, error: BaseException | None = No
         seconds=seconds,
         verdict=verdict,
         final=_final(plan, record) if verdict == "complete" else None,
+        serving=serving_lines(plan.final_spec) if verdict == "complete" else (),
         metrics=(headline(plan, stages) if verdict == "complete" else {}) | {"seconds": seconds} | counts,
         source=model_facts(plan.source.model_spec) | _reference_quality(plan, stages),
         stages=stages,
@@ -220,6 +231,7 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
         path=str(record.path) if record.path else None,
         bytes=artifact_bytes(manifest) if manifest else None,
         bits_per_weight=round(manifest.spec.bits_per_weight, 4) if manifest and manifest.spec else None,
+        kv_bytes_per_token=manifest.spec.kv_cache.bytes_per_token if manifest and manifest.spec else None,
         metrics=manifest.metrics if manifest else {},
         planned_bytes=specs[0].nbytes if specs else None,
         planned_peak=node.memory.totals,
@@ -231,11 +243,13 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
 
 def _final(plan: Plan, record: RunRecord) -> FinalModel:
     made = plan.final != SOURCE_MODEL
-    packed = next((group.format for group in plan.final_spec.linear_groups if not group.format.is_dense), WeightFormat())
+    packed = packed_format(plan.final_spec)
     return FinalModel(
         node=plan.final.node,
+        output=str(plan.final),
         type=plan.graph.types[plan.final].__name__,
         path=str(record.run_dir / "model" if made else plan.source.path),
         num_bits=packed.num_bits,
         group_size=packed.group_size,
+        kv_cache=plan.final_spec.kv_cache.mode,
     )

@@ -24,6 +24,7 @@ from pipeline.progress import Display
 from pipeline.recipe import Recipe, Settings
 from pipeline.report import Report, RunRecord, build_report
 from pipeline.report_table import print_report
+from pipeline.serving import write_serving
 from pipeline.store import SHORT, Store, check_writable, explain_os_error, write_whole
 from pipeline.target import format_size
 from pipeline.tracking import Tracker
@@ -98,12 +99,14 @@ def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server
         error = Interrupted("interrupted after the last stage; the same command completes the run's folder")
     report = build_report(plan, record, error)
     report.write(run_dir)
+    if report.final:
+        write_serving(run_dir, plan.final_spec, report.final.path, report.final_quality())
     _show(report, settings, tracker)
     if error is not None:
         raise error
     if settings.export_to:
         manifest = next(result.manifest for result in results if result.node.name == plan.final.node)
-        export_model(plan, run_dir / "model", manifest, export_folder(settings))
+        export_model(plan, run_dir / "model", manifest, export_folder(settings), report.final_quality())
         print(f"export   {settings.export_to}", file=sys.stderr)
     return report.metrics
 
