@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from pipeline.documents import Message, read_conversations, read_documents
 from pipeline.headers import read_json
+from pipeline.kv_sidecar import read_cache
 from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 
@@ -131,7 +132,11 @@ class Checkpoint(Artifact):
 
     @property
     def model_spec(self) -> ModelSpec:
-        return self.spec if isinstance(self.spec, ModelSpec) else ModelSpec.from_config(self.config)
+        """As it was given, else as the folder's files say."""
+        if isinstance(self.spec, ModelSpec):
+            return self.spec
+        cache = read_cache(self.path)
+        return ModelSpec.from_config(self.config).with_cache(cache.mode if cache else None)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.artifact import Artifact, Checkpoint
 from pipeline.plan import Plan, PlannedNode
 from pipeline.spec import ModelSpec
 from pipeline.target import format_size
@@ -64,15 +65,16 @@ def print_plan(plan: Plan, console: Console) -> None:
                           *[(place, "right") for place in (("RAM", "VRAM") if vram else ("peak RAM",))], ("", "left")):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=name in ("stage", ""), overflow="fold")  # type: ignore[arg-type]
     table.add_row(
-        "source model", type(plan.source).__name__.replace("Checkpoint", "").lower(), *_sizes(plan.source.model_spec), *[""] * (2 + vram)
+        "source model", _kind(type(plan.source)), *_sizes(plan.source.model_spec), *[""] * (2 + vram)
     )
     for node in plan.nodes:
         spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
-        made = ", ".join(kind.__name__.replace("Checkpoint", "").replace("EvalReport", "report").lower() for kind in node.types.values())
+        made = ", ".join(_kind(kind) for kind in node.types.values())
         sizes = _sizes(spec) if spec else ("", "", "")
         peaks = [format_size(node.memory.totals[place]) for place in ("ram", "vram")[: 2 if vram else 1]]
         table.add_row(node.name, made, *sizes, *peaks, STATUS[node.status])
-    console.print(f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n")
+    title = f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n"
+    console.print(title, soft_wrap=True)
     console.print(table)
     lines = [f"  {node.name}: {note}" for node in plan.nodes for note in node.notes]
     lines += [f"  {node.name}: to run ({node.reason})" for node in plan.nodes if node.status == "miss"]
@@ -82,6 +84,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         lines.append(f"  {serving(plan)}")
     if lines:
         console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _kind(kind: type[Artifact]) -> str:
+    """`dense` or `quantized` of a checkpoint, else what its output is called."""
+    return kind.__name__.removesuffix("Checkpoint").lower() if issubclass(kind, Checkpoint) else kind.port
 
 
 def serving(plan: Plan) -> str:

@@ -119,7 +119,8 @@ def closing_lines(report: Report, mlflow: str) -> list[str]:
         where = _shown(report.final.path)
         lines += ["", f"model    {where}"]
         lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
-        lines += [f"serve    {line.command.format(model=where)}" for line in report.serving if line.engine == "vllm"]
+        vllm = next((line for line in report.serving if line.engine == "vllm"), None)
+        lines += [f"serve    {vllm.command.format(model=where)}{f'   ({vllm.note})' if vllm.note else ''}"] if vllm else []
     lines += [f"{label:<8} {text}" for label, text in zip(("mlflow", ""), mlflow.splitlines(), strict=False)]
     return lines
 

@@ -35,9 +35,13 @@ from pipeline.target import Memory, Size
 
 BUILT_IN = {
     "structured_prune": "stages.structured_prune:StructuredPrune",
+    "teacher_logits": "stages.teacher_logits:RecordTeacher",
+    "distill": "stages.distill:Distill",
+    "qlora": "stages.qlora:QLoRA",
     "rtn": "stages.rtn:RTN",
     "gptq": "stages.gptq:GPTQ",
     "awq": "stages.awq:AWQ",
+    "kv_cache": "stages.kv_cache:KVCache",
     "dequantize": "stages.dequantize:Dequantize",
     "evaluate": "stages.evaluate:Evaluate",
 }

@@ -17,11 +17,10 @@ from pipeline.spec import Architecture, ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.prune_sizes import default_round_to, group_axis, layer_axis, neuron_axis, query_axis
+from stages.runtime.sweep_memory import sweep_memory
 
 if TYPE_CHECKING:
     from stages.runtime.activations import ActivationStatistics
-
-VOCABULARY_ROWS, MICRO_BATCH_TOKENS = 8192, 512  # as in stages/runtime/layerwise.py, which needs torch
 
 
 class StructuredPrune(Stage):
@@ -107,7 +106,9 @@ class StructuredPrune(Stage):
         output = self._pruned(model)
         phases = [cutting_memory(self.params, model.architecture, output.architecture)]
         if self.params.calibrates:
-            phases.append(sweep_memory(self.params, model.architecture))
+            a, p = model.architecture, self.params
+            statistics = {"statistics": 8 * a.num_layers * (a.intermediate_size + a.num_heads)}
+            phases.append(sweep_memory(model, p.num_samples, p.max_length) | statistics)
         return Memory(ram=max(phases, key=lambda phase: sum(phase.values())), disk={"checkpoint": output.nbytes})
 
     def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset | None = None) -> DenseCheckpoint:
@@ -226,21 +227,4 @@ def cutting_memory(p: StructuredPrune.Params, old: Architecture, new: Architectu
         "two cut matrices, one being written": 2 * cut * old.hidden_size * item,
         "rows being scored": 2 * 4 * max(1 << 17, width, old.intermediate_size),
         "copy buffer": 4 << 20,
-    }
-
-
-def sweep_memory(p: StructuredPrune.Params, a: Architecture) -> dict[str, int]:
-    """One layer, the hidden states of all calibration windows, and what a micro-batch leaves in between."""
-    item, width = ITEM_BYTES[a.dtype], a.num_heads * a.head_dim
-    layer = a.hidden_size * (2 * width + 2 * a.num_kv_heads * a.head_dim + 3 * a.intermediate_size)
-    tokens = p.max_length * max(1, min(p.num_samples, MICRO_BATCH_TOKENS // p.max_length))
-    mlp = tokens * a.intermediate_size * (3 * item + 4)  # gate, up, their product; its sum runs in fp32
-    between = max(mlp, tokens * 4 * width * item) + tokens * a.hidden_size * 4 * 4
-    return {
-        "one decoder layer": layer * item,
-        "calibration hidden states": p.num_samples * p.max_length * a.hidden_size * item,
-        "activations of a micro-batch": between,
-        "freed blocks that malloc keeps": 2 * between,  # measured at 1 B: half to twice
-        "a slice of the embedding": VOCABULARY_ROWS * a.hidden_size * item,
-        "statistics": 8 * a.num_layers * (a.intermediate_size + a.num_heads),
     }

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from pipeline.artifact import Dataset
-from stages.runtime.scoring import TokenScores
+from pipeline.layout import KVCacheSpec
+from stages.runtime.scoring import CacheBytes, TokenScores
 from stages.runtime.text import encode_documents, load_tokenizer
+
+CACHE_COLUMNS = ("plain_cache_nll", "plain_cache_kl")  # of report.json's documents, where the model has an INT8 cache
 
 
 @dataclass(frozen=True)
@@ -39,53 +42,61 @@ def encode(dataset: Dataset, tokenizer_folder: Path, vocab_size: int, limit: int
 class Tally:
     """Sums over each document's scored tokens, in float64, and every token's KL divergence for its percentile."""
 
-    def __init__(self, documents: Sequence[Document], with_reference: bool) -> None:
+    def __init__(self, documents: Sequence[Document], with_reference: bool, with_cache: bool = False) -> None:
         self.documents = documents
-        fields = ("tokens", "nll", *(("reference_nll", "kl", "top1_matches") if with_reference else ()))
-        self.sums = {field: torch.zeros(len(documents), dtype=torch.float64) for field in fields}
+        columns = ["tokens", "nll"]
+        columns += ["reference_nll", "kl", "top1_matches"] if with_reference else []
+        columns += CACHE_COLUMNS if with_cache else []
+        self.sums = {column: torch.zeros(len(documents), dtype=torch.float64) for column in columns}
         self.kl_by_token: list[torch.Tensor] = []
 
     def add(self, scores: TokenScores) -> None:
         """ValueError names the document whose loss is nan or infinite."""
-        found = {"nll": scores.nll, "reference_nll": scores.reference_nll, "kl": scores.kl, "top1_matches": scores.top1}
+        found = {"nll": scores.nll}
+        if other := scores.reference:
+            found |= {"reference_nll": other.nll, "kl": other.kl, "top1_matches": other.top1}
+            self.kl_by_token.append(other.kl)
+        if plain := scores.plain_cache:
+            found |= {"plain_cache_nll": plain.nll, "plain_cache_kl": plain.kl}
         self.sums["tokens"] += torch.bincount(scores.document, minlength=len(self.documents))
-        for field, values in found.items():
-            if values is None:
-                continue
+        for column, values in found.items():
             broken = scores.document[~values.double().isfinite()]
             if len(broken):
                 raise ValueError(
-                    f"document {self.documents[int(broken[0])].name}: {field} is nan or infinite; the model's weights are damaged"
+                    f"document {self.documents[int(broken[0])].name}: {column} is nan or infinite; the model's weights are damaged"
                 )
-            self.sums[field].index_add_(0, scores.document, values.double())
-        if scores.kl is not None:
-            self.kl_by_token.append(scores.kl)
+            self.sums[column].index_add_(0, scores.document, values.double())
 
     def metrics(self) -> dict[str, float]:
-        total = {field: values.sum().item() for field, values in self.sums.items()}
-        nll = total["nll"] / total["tokens"]
+        total = {column: values.sum().item() for column, values in self.sums.items()}
+        tokens = total["tokens"]
+        nll = total["nll"] / tokens
         metrics = {
             "perplexity": math.exp(nll),
             "nll_per_token": nll,
             "bits_per_byte": total["nll"] / math.log(2) / sum(document.nbytes for document in self.documents),
-            "tokens": total["tokens"],
+            "tokens": tokens,
             "documents": float(len(self.documents)),
         }
-        if "kl" not in total:
-            return metrics
-        reference_nll = total["reference_nll"] / total["tokens"]
-        kl = torch.cat(self.kl_by_token)
-        return metrics | {
-            "reference_perplexity": math.exp(reference_nll),
-            "perplexity_change_pct": 100 * math.expm1(nll - reference_nll),
-            "kl_divergence": total["kl"] / total["tokens"],
-            "kl_divergence_p99": kl.kthvalue(math.ceil(0.99 * len(kl))).values.item(),  # nearest rank
-            "top1_agreement": total["top1_matches"] / total["tokens"],
-        }
+        if "kl" in total:
+            reference_nll, kl = total["reference_nll"] / tokens, torch.cat(self.kl_by_token)
+            metrics |= {
+                "reference_perplexity": math.exp(reference_nll),
+                "perplexity_change_pct": 100 * math.expm1(nll - reference_nll),
+                "kl_divergence": total["kl"] / tokens,
+                "kl_divergence_p99": kl.kthvalue(math.ceil(0.99 * len(kl))).values.item(),  # nearest rank
+                "top1_agreement": total["top1_matches"] / tokens,
+            }
+        if "plain_cache_kl" in total:
+            metrics |= {
+                "kv_cache_perplexity_change_pct": 100 * math.expm1(nll - total["plain_cache_nll"] / tokens),
+                "kv_cache_kl_divergence": total["plain_cache_kl"] / tokens,
+            }
+        return metrics
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each document in file order, as in report.json."""
-        sums = {field: values.tolist() for field, values in self.sums.items()}
+        sums = {column: values.tolist() for column, values in self.sums.items()}
         return [
             {
                 "id": document.name,
@@ -95,9 +106,23 @@ class Tally:
                 "reference_nll": sums["reference_nll"][n] if "reference_nll" in sums else None,
                 "kl": sums["kl"][n] if "kl" in sums else None,
                 "top1_matches": int(sums["top1_matches"][n]) if "top1_matches" in sums else None,
+                **{column: sums[column][n] for column in CACHE_COLUMNS if column in sums},
             }
             for n, document in enumerate(self.documents)
         ]
+
+
+def cache_bytes(held: CacheBytes, layout: KVCacheSpec) -> float:
+    """Measured bytes of the cache for one sequence of the longest length.
+
+    ValueError where they are not those that the spec promises for each token: then a plan's fit would be wrong.
+    """
+    if held.per_token != layout.bytes_per_token:
+        raise ValueError(
+            f"the INT8 cache takes {held.per_token:g} bytes per token, the spec says {layout.bytes_per_token}; "
+            "its kv_cache.json and its config.json do not belong together"
+        )
+    return held.per_sequence
 
 
 def write_report(folder: Path, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,12 +3,19 @@
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from pipeline.companions import CACHE_FILE
 from pipeline.headers import read_json
+from pipeline.kv_sidecar import read_cache
+from pipeline.layout import KVCacheSpec
 from pipeline.spec import ModelSpec
-from stages.runtime.loading import load_model
+from stages.runtime.cache_scales import scale_problems
+from stages.runtime.layerwise import LayerwiseModel
+from stages.runtime.loading import check_loaded, load_model
 from stages.runtime.scoring import token_losses
 from stages.runtime.tensors import DTYPES, TensorReader
+from stages.runtime.windows import chunk_tokens
 
 CHUNK_BYTES = 64 << 20  # read at once when looking for nan and inf
 PROBLEMS_SHOWN = 5
@@ -19,9 +26,9 @@ PROBE_TOLERANCE = 1e-3
 
 
 def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
-    """Names, dtypes, shapes, config.json and every value of a checkpoint. ValueError says how it departs from `spec`."""
+    """Names, dtypes, shapes, config.json, KV cache and every value of a checkpoint. ValueError says how it departs from `spec`."""
     reader = TensorReader(folder)
-    problems = spec.differences(reader.table)
+    problems = spec.differences(reader.table) + cache_differences(folder, spec.kv_cache)
     if not problems:
         problems = config_differences(folder, spec) + [
             f"{name} holds nan or inf"
@@ -35,13 +42,22 @@ def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
 
 
 def config_differences(folder: Path, spec: ModelSpec) -> list[str]:
-    """How the model that config.json describes departs from `spec`; the cache layout is not config.json's matter."""
+    """How the model that config.json describes departs from `spec`; the cache layout is not config.json's matter (`cache_differences`)."""
     found = ModelSpec.from_config(read_json(folder / "config.json"))
     if found.model_copy(update={"kv_cache": spec.kv_cache}) == spec:
         return []
     mine, planned = found.architecture.model_dump(), spec.architecture.model_dump()
     fields = [f"config.json says {name} {mine[name]}, expected {planned[name]}" for name in planned if mine[name] != planned[name]]
     return fields or ["config.json's quantization_config describes other layers or another scheme than the files hold"]
+
+
+def cache_differences(folder: Path, planned: KVCacheSpec) -> list[str]:
+    """How `kv_cache.json` and the scales beside it depart from the cache of the spec; a 16-bit cache has no such files."""
+    settings = read_cache(folder)
+    mode = settings.mode if settings else None
+    if mode != planned.mode:
+        return [f"{CACHE_FILE} {f'says mode {mode}' if mode else 'is missing'}, expected {planned.mode or 'no INT8 cache'}"]
+    return scale_problems(folder, planned)
 
 
 def is_finite(reader: TensorReader, name: str) -> bool:
@@ -64,13 +80,39 @@ def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:
     return [f"{name}.weight_shape holds {list(has)}, expected {list(shape)}" for name, has, shape in found if has != shape]
 
 
-def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor) -> None:
-    """Load the checkpoint as anyone would and compare its `token_losses` on `ids`, [windows, length], with those of the model
-    in memory, on the CPU, before it was saved. Token by token, because errors of both signs leave a mean where it was.
+def layerwise_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """`token_losses` of the checkpoint `folder` without loading it whole, from products of the same shapes and so rounded alike."""
+    model, targets = LayerwiseModel(folder), ids[:, 1:].flatten()
+    (hidden,) = model.sweep([ids[:, :-1]])
+    chunks = torch.split(hidden.flatten(0, 1), chunk_tokens(model.spec.architecture.vocab_size))
+    log_sum, chosen = torch.full(targets.shape, -torch.inf), torch.zeros(targets.shape)
+    for first, slices in model.logit_slices(chunks):
+        logits = torch.cat(list(slices))
+        log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
+        here = (targets >= first) & (targets < first + logits.shape[1])
+        chosen[here] = logits[here, targets[here] - first]
+    return log_sum - chosen
 
+
+def check_loads(folder: Path) -> None:
+    """Let transformers find every weight of the model that config.json describes, without reading any. ValueError as of `load_model`."""
+    _, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map={"": "meta"}, output_loading_info=True, trust_remote_code=False, local_files_only=True
+    )
+    check_loaded(folder, report)
+
+
+def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor, layerwise: bool = False) -> None:
+    """Load the checkpoint as anyone would and compare its `token_losses` on `ids`, [windows, length], with those of the model
+    that was made, on the CPU, before it was saved. Token by token, because errors of both signs leave a mean where it was.
+
+    `layerwise` is for a model larger than memory: transformers only looks for its weights, and it is run one layer at a time.
     ValueError where they differ: what was saved is not what was made.
     """
-    difference = (token_losses(load_model(folder), ids) - expected).abs().mean().item()
+    if layerwise:
+        check_loads(folder)
+    losses = layerwise_losses(folder, ids) if layerwise else token_losses(load_model(folder), ids)
+    difference = (losses - expected).abs().mean().item()
     if not difference <= PROBE_TOLERANCE:  # also when it is nan
         raise ValueError(
             f"the saved checkpoint does not reload as the model that was made: its losses on a probe differ by {difference:.3g} nats "

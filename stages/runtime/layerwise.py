@@ -4,6 +4,9 @@ Only one decoder layer is ever in memory, beside the hidden states of the text t
 all micro-batches through layer 0, then through layer 1, and so on. The embedding and the head are read in slices of the
 vocabulary. A 70B model so needs the memory of its largest layer, not of its 140 GB.
 
+On an accelerator (`device`) a layer's weights and one micro-batch are there at a time; the hidden states of all of them stay in the
+host's RAM, where there is more of it.
+
 Nothing of a model family is rebuilt here. The model itself is made on the `meta` device, without weights, and its own
 forward says what each layer is called with (masks, rotary embeddings, sliding windows): it runs once with layers that
 only record. So the logits equal those of the resident model exactly, which the tests hold for every supported family.
@@ -20,11 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.spec import ModelSpec
+from stages.functional.top_logits import TopLogits, join, top_logits
 from stages.runtime.packing import packed_formats, unpack_weight
 from stages.runtime.tensors import DTYPES, TensorReader
-
-VOCABULARY_ROWS = 8192  # rows of the embedding or head in memory at once: the head of a 128k x 8192 model is larger than its layers
-MICRO_BATCH_TOKENS = 512  # more is no faster on a CPU, and leaves the allocator larger blocks to keep
+from stages.runtime.windows import MICRO_BATCH_TOKENS, VOCABULARY_ROWS
 
 OnLayer = Callable[[int, torch.nn.Module], Iterable[RemovableHandle]]
 OnOutput = Callable[[int, int, torch.Tensor, torch.Tensor], None]
@@ -43,14 +45,20 @@ def micro_batches(windows: torch.Tensor, tokens: int = MICRO_BATCH_TOKENS) -> li
     return [windows[first : first + rows] for first in range(0, len(windows), rows)]
 
 
+def token_pieces(hidden: Sequence[torch.Tensor], tokens: int = MICRO_BATCH_TOKENS) -> list[torch.Tensor]:
+    """Views [at most `tokens`, H] of hidden states [B, T, H], in order."""
+    return [piece for states in hidden for piece in torch.split(states.flatten(0, 1), tokens)]
+
+
 class LayerwiseModel:
     """A checkpoint that can be run without being loaded. `dtype` is that of the computation (default: the checkpoint's).
 
-    Layers share their buffers: a tensor of a layer's weights is valid until the next layer is loaded. Packed layers
-    (compressed-tensors, `pack-quantized`) are dequantized as they are loaded.
+    What is given and returned (token ids, masks, hidden states, scores) is on the CPU; hooks see tensors on `device`. Layers share
+    their buffers: a tensor of a layer's weights is valid until the next layer is loaded. Packed layers (compressed-tensors,
+    `pack-quantized`) are dequantized as they are loaded.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.spec = ModelSpec.from_config(raw)
         self.reader = TensorReader(folder)
@@ -58,7 +66,8 @@ class LayerwiseModel:
         if problems:
             raise ValueError(f"{folder} is not the model its config.json describes: {'; '.join(problems[:5])}")
         self.dtype = dtype or DTYPES[self.spec.dtype]
-        self.decoder = meta_decoder(folder, self.dtype)
+        self.device = torch.device(device)
+        self.decoder = meta_decoder(folder, self.dtype, self.device)
         self.layers = self.decoder.layers
         self._formats = packed_formats(self.spec)
         self._buffers: dict[str, torch.Tensor] = {}
@@ -70,12 +79,14 @@ class LayerwiseModel:
         masks: Sequence[torch.Tensor | None] | None = None,
         on_layer: OnLayer | None = None,
         on_output: OnOutput | None = None,
+        cache: Any | None = None,
     ) -> list[torch.Tensor]:
         """Carry micro-batches of token ids [B, T] through all layers; returns the hidden states [B, T, H] that the head takes.
 
         `masks` are attention masks [B, T] (1: attend), None where a batch has no padding. `on_layer(i, layer)` is called
         when layer i is loaded and may register hooks, whose handles it returns; `on_output(i, b, before, after)` sees
-        batch b's hidden states around layer i, and clones what it keeps.
+        batch b's hidden states around layer i, and clones what it keeps. `cache` is a KV cache of the model (transformers' `Cache`)
+        whose layers attention reads through: each holds one batch at a time, which `on_output` still finds there.
         """
         masks = masks or [None] * len(batches)
         hidden = self.embed(batches)
@@ -84,20 +95,26 @@ class LayerwiseModel:
             layer = self.load_layer(i)
             handles = list(on_layer(i, layer)) if on_layer else []
             for b, mask in enumerate(masks):
+                before = hidden[b].to(self.device)
                 if mask is not None:
-                    arguments = self.layer_arguments(hidden[b], mask)
-                elif (arguments := recorded.get(hidden[b].shape, [])) == []:
-                    arguments = recorded[hidden[b].shape] = self.layer_arguments(hidden[b])
-                after = layer(hidden[b], **arguments[i])
+                    arguments = self.layer_arguments(before, mask.to(self.device))
+                elif (arguments := recorded.get(before.shape, [])) == []:
+                    arguments = recorded[before.shape] = self.layer_arguments(before)
+                after = layer(before, **arguments[i] | ({"past_key_values": cache} if cache else {}))
                 if on_output:
-                    on_output(i, b, hidden[b], after)
+                    on_output(i, b, before, after)
+                if cache:
+                    cache.layers[i].reset()
                 hidden[b].copy_(after)  # in place: new ones among a layer's temporary tensors would fragment the heap, layer by layer
             for handle in handles:
                 handle.remove()
             layer.to("meta")
         self._buffers.clear()
         self._load(self.decoder.norm, "model.norm.")
-        return [self.decoder.norm(h) for h in hidden]
+        for h in hidden:
+            h.copy_(self.decoder.norm(h.to(self.device)))
+        self.decoder.norm.to("meta")
+        return hidden
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[B, T] token ids to [B, T, H] embeddings."""
@@ -131,12 +148,24 @@ class LayerwiseModel:
                 del module.forward
         return calls[:-1]
 
+    def output_embedding(self) -> torch.Tensor:
+        """[vocabulary, H], whole, on `device`."""
+        rows = [rows.to(self.device) for _, rows in self._vocabulary_slices(self._head)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    @property
+    def _head(self) -> str:
+        return "model.embed_tokens.weight" if self.spec.architecture.tied else "lm_head.weight"
+
     @torch.no_grad()
     def logit_slices(self, hidden: Sequence[torch.Tensor]) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
-        """Yield (first, logits) by slices of the vocabulary: of each batch in turn [B, T, rows] in fp32, ids from `first` on."""
-        name = "model.embed_tokens.weight" if self.spec.architecture.tied else "lm_head.weight"
-        for first, weight in self._vocabulary_slices(name):
-            yield first, (functional.linear(h, weight).float() for h in hidden)
+        """Yield (first, logits) by slices of the vocabulary: of each of `hidden` [..., H] in turn [..., rows] in fp32 on `device`.
+
+        The slice's words are those from `first` on.
+        """
+        for first, rows in self._vocabulary_slices(self._head):
+            weight = rows.to(self.device)
+            yield first, (functional.linear(h.to(self.device), weight).float() for h in hidden)
 
     @torch.no_grad()
     def score(self, hidden: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> list[TokenScores]:
@@ -145,15 +174,28 @@ class LayerwiseModel:
         targets = [torch.zeros(ids[:, 1:].shape) for ids in batches]
         for first, slices in self.logit_slices(hidden):
             for ids, log_sum, target, logits in zip(batches, log_sums, targets, slices, strict=True):
-                torch.logaddexp(log_sum, logits.logsumexp(-1), out=log_sum)
+                torch.logaddexp(log_sum, logits.logsumexp(-1).cpu(), out=log_sum)
                 wanted = ids[:, 1:] - first
                 here = (wanted >= 0) & (wanted < logits.shape[-1])
-                chosen = logits[:, :-1].gather(-1, wanted.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+                word = wanted.clamp(0, logits.shape[-1] - 1).unsqueeze(-1).to(self.device)
+                chosen = logits[:, :-1].gather(-1, word).squeeze(-1).cpu()
                 target[here] = chosen[here]
         return [TokenScores(log_sum[:, :-1] - target, log_sum) for log_sum, target in zip(log_sums, targets, strict=True)]
 
+    @torch.no_grad()
+    def top_logits(self, hidden: Sequence[torch.Tensor], k: int, temperature: float) -> list[TopLogits]:
+        """The k largest logits at each token of `hidden` [..., H], as `sweep` made them, never holding [tokens, vocabulary].
+
+        Logits of a slice are held for one of `hidden` at a time, so give them in pieces (`token_pieces`).
+        """
+        found: list[TopLogits] = []
+        for first, slices in self.logit_slices(hidden):
+            parts = (top_logits(logits, k, temperature, first).cpu() for logits in slices)
+            found = [join(top, part, k) for top, part in zip(found, parts, strict=True)] if found else list(parts)
+        return found
+
     def _vocabulary_slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of the embedding or head. A packed head, which hardly anyone makes, is unpacked whole."""
+        """(first row, rows) of the embedding or head, on the CPU. A packed head, which hardly anyone makes, is unpacked whole."""
         whole = None if name in self.reader.table else self._unpacked(name.removesuffix(".weight"))
         for first in range(0, self.spec.architecture.vocab_size, VOCABULARY_ROWS):
             rows = (first, first + VOCABULARY_ROWS)
@@ -167,9 +209,9 @@ class LayerwiseModel:
         """One weight of a layer, in the dtype of the computation, read into the buffer that the next layer will use again."""
         module = (prefix + name).removesuffix(".weight")
         if module in self._formats and name.endswith(".weight"):
-            return self._unpacked(module)
+            return self._unpacked(module).to(self.device)
         self._buffers[name] = self.reader.read(prefix + name, out=self._buffers.get(name))
-        return self._buffers[name].to(self.dtype)
+        return self._buffers[name].to(self.device, self.dtype)
 
     def _unpacked(self, module: str) -> torch.Tensor:
         form, shape = self._formats[module], (1, 1)
@@ -177,12 +219,12 @@ class LayerwiseModel:
         return unpack_weight(packed, form, self.dtype)
 
 
-def meta_decoder(folder: Path, dtype: torch.dtype) -> Any:
-    """The folder's model below its head, without weights but with what is computed and not stored."""
+def meta_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The folder's model below its head, without weights but with what is computed and not stored, which is on `device`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # its layers come dequantized
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False).get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config)  # inverse frequencies are in no file
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # inverse frequencies are in no file
     return decoder

@@ -1,5 +1,6 @@
 """Load a whole checkpoint through transformers, and believe nothing that it only warns about."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
     )
+    check_loaded(folder, report)
+    if packed:
+        remove_dispatch(model)  # unpacking leaves weights in caches that `to` would copy into rather than move
+    return model.to(device).eval()
+
+
+def check_loaded(folder: Path, report: Mapping[str, Iterable[Any]]) -> None:
+    """`report` is the loading info of a `from_pretrained`. ValueError where it lists anything: transformers only warns of it."""
     problems = {what: sorted(map(str, found)) for what, found in report.items() if found}
     if problems:
         listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(found[:3])}" for what, found in problems.items())
         raise ValueError(f"{folder} does not load as the model its config.json describes ({listed})")
-    if packed:
-        remove_dispatch(model)  # unpacking leaves weights in caches that `to` would copy into rather than move
-    return model.to(device).eval()

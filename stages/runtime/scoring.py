@@ -4,58 +4,169 @@ Windows are padded on the right, where a causal model cannot look, so no mask is
 chunks of tokens: float32 logits of 8 windows of 2,048 tokens over 128,256 words would take 8 GB.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from stages.functional.losses import token_kl_divergence, token_nll, top1_matches
+from stages.runtime.int8_cache import Int8Cache, load_cache
+from stages.runtime.loading import load_model
 from stages.runtime.windows import Window, chunk_tokens
+
+
+class View(Protocol):
+    """A model as it is served, on one device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """[windows, length] token ids to [windows, length, hidden_size] as the output embedding takes them."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden_size] to float32 [tokens, vocabulary]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A resident model with the KV cache that it is served with; None is the ordinary one, in the model's dtype."""
+
+    model: Any
+    cache: Int8Cache | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.get_output_embeddings().weight.device
+        return device
+
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Attention sees what the cache gives back."""
+        if self.cache is None:
+            return hidden_states(self.model, ids)
+        self.cache.reset()
+        states: torch.Tensor = self.model.get_decoder()(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
+        return states
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden).float()
+        return logits
+
+
+@dataclass
+class ResidentScorer:
+    """Scores with whole models in memory. `cache` is the INT8 cache of the model that is scored, `held` what it was seen to hold."""
+
+    folder: Path
+    reference: Path | None
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.model = load_served(self.folder, self.device)
+        self.beside = load_served(self.reference, self.device) if self.reference else None
+        self.cache = self.model.cache
+        self.held = CacheBytes()
+
+    def scores(self, work: Sequence[Sequence[Window]], progress: Callable[[int, int], None]) -> Iterator["TokenScores"]:
+        """Of every batch in turn."""
+        plain = Served(self.model.model) if self.cache is not None else None
+        for done, batch in enumerate(work, 1):
+            yield score_batch(batch, self.model.model.config.vocab_size, self.model, self.beside, plain)
+            if self.cache is not None:
+                self.held.see(self.cache.bytes_per_sequence, self.cache.bytes_per_token)
+            progress(done, len(work))
+
+
+@dataclass
+class CacheBytes:
+    """What an INT8 cache was measured to hold: at most for one sequence, and for each token."""
+
+    per_sequence: float = 0.0
+    per_token: float = 0.0
+
+    def see(self, per_sequence: float, per_token: float) -> None:
+        self.per_sequence, self.per_token = max(self.per_sequence, per_sequence), max(self.per_token, per_token)
+
+
+def load_served(folder: Path, device: torch.device | str = "cpu") -> Served:
+    """The folder's model and the cache that its `kv_cache.json` asks for."""
+    model = load_model(folder, device)
+    return Served(model, load_cache(folder, model.config))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What another view of the same tokens says, one entry for each scored token."""
+
+    nll: torch.Tensor  # float32, nats: of the other
+    kl: torch.Tensor  # float32, nats: KL(other || model)
+    top1: torch.Tensor  # bool
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One entry for each scored token. The last three are None without a reference."""
+    """One entry for each scored token. `reference` is another model, `plain_cache` the same weights without their INT8 cache."""
 
     document: torch.Tensor  # int64
     nll: torch.Tensor  # float32, nats
-    reference_nll: torch.Tensor | None
-    kl: torch.Tensor | None  # KL(reference || model), nats
-    top1: torch.Tensor | None  # bool
+    reference: Comparison | None = None
+    plain_cache: Comparison | None = None
+
+
+def padded(batch: Sequence[Window]) -> torch.Tensor:
+    """[windows, longest] int64: padded on the right."""
+    width = max(len(window.ids) for window in batch)
+    return torch.tensor([[*window.ids, *[0] * (width - len(window.ids))] for window in batch])
 
 
 @torch.inference_mode()
-def score_batch(batch: Sequence[Window], model: Any, reference: Any | None = None) -> TokenScores:
-    """Losses of every scored token of the windows, on the CPU. Both models are on one device."""
-    device = model.get_output_embeddings().weight.device
-    width = max(len(window.ids) for window in batch)
-    ids = torch.tensor([[*window.ids, *[0] * (width - len(window.ids))] for window in batch], device=device)
+def score_batch(
+    batch: Sequence[Window], vocab_size: int, model: View, reference: View | None = None, plain_cache: View | None = None
+) -> TokenScores:
+    """Losses of every scored token of the windows, on the CPU. All views are on one device.
+
+    `plain_cache` is `model` without its INT8 cache.
+    """
+    device, ids = model.device, padded(batch).to(model.device)
+    width = ids.shape[1]
     lengths = torch.tensor([len(window.ids) - 1 for window in batch], device=device)
     scored = torch.arange(width - 1, device=device) < lengths[:, None]
     targets = ids[:, 1:][scored]
-    hidden = hidden_states(model, ids[:, :-1])[scored]
-    reference_hidden = None if reference is None else hidden_states(reference, ids[:, :-1])[scored]
-    parts: dict[str, list[torch.Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1": []}
-    for chunk in torch.split(torch.arange(len(targets), device=device), chunk_tokens(model.config.vocab_size)):
-        logits = model.get_output_embeddings()(hidden[chunk]).float()
-        parts["nll"].append(token_nll(logits, targets[chunk]))
-        if reference is not None and reference_hidden is not None:
-            expected = reference.get_output_embeddings()(reference_hidden[chunk]).float()
-            parts["reference_nll"].append(token_nll(expected, targets[chunk]))
-            parts["kl"].append(token_kl_divergence(expected, logits))
-            parts["top1"].append(top1_matches(expected, logits))
+    hidden = model.hidden_states(ids[:, :-1])[scored]
+    views = {"reference": reference, "plain_cache": plain_cache}
+    others = {name: (view, view.hidden_states(ids[:, :-1])[scored]) for name, view in views.items() if view}
+    nll: list[torch.Tensor] = []
+    compared: dict[str, list[Comparison]] = {name: [] for name in others}
+    for chunk in torch.split(torch.arange(len(targets), device=device), chunk_tokens(vocab_size)):
+        logits = model.logits(hidden[chunk])
+        nll.append(token_nll(logits, targets[chunk]))
+        for name, (view, view_hidden) in others.items():
+            compared[name].append(compare(view.logits(view_hidden[chunk]), logits, targets[chunk]))
     document = torch.tensor([window.document for window in batch]).repeat_interleave(lengths.cpu())
-    joined = {name: torch.cat(part).cpu() for name, part in parts.items() if part}
-    return TokenScores(document, joined["nll"], joined.get("reference_nll"), joined.get("kl"), joined.get("top1"))
+    return TokenScores(document, torch.cat(nll).cpu(), **{name: join(parts) for name, parts in compared.items()})
+
+
+def compare(expected: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> Comparison:
+    """Logits [tokens, vocabulary] of the other view and of the model."""
+    return Comparison(token_nll(expected, targets), token_kl_divergence(expected, logits), top1_matches(expected, logits))
+
+
+def join(parts: Sequence[Comparison]) -> Comparison:
+    """On the CPU."""
+    columns = ([part.nll for part in parts], [part.kl for part in parts], [part.top1 for part in parts])
+    return Comparison(*(torch.cat(column).cpu() for column in columns))
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[windows, length, hidden_size] as the output embedding takes them."""
+    """[windows, length, hidden_size] as the output embedding takes them, without a cache."""
     states: torch.Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return states
 
 
 def token_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Nats of every token but the first of each window: ids [windows, length] -> [windows * (length - 1)] float32."""
-    return score_batch([Window(n, row) for n, row in enumerate(ids.tolist())], model).nll
+    return score_batch([Window(n, row) for n, row in enumerate(ids.tolist())], model.config.vocab_size, Served(model)).nll

@@ -8,6 +8,8 @@ from transformers import AutoTokenizer
 
 from pipeline.artifact import Dataset
 
+BATCH_DOCUMENTS = 16  # at once: the tokenizer keeps offsets and more of each token, 50 bytes for one of text
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, as transformers' PreTrainedTokenizerFast; code in the folder is never run."""
@@ -18,8 +20,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def encode_documents(dataset: Dataset, tokenizer: Any) -> list[tuple[str, str, list[int]]]:
     """(id, text, token ids) of each document that has at least two tokens, in file order."""
-    documents = list(dataset.documents())
-    encoded = tokenizer([text for _, text in documents])["input_ids"] if documents else []
+    documents, encoded = list(dataset.documents()), []
+    for first in range(0, len(documents), BATCH_DOCUMENTS):
+        encoded += tokenizer([text for _, text in documents[first : first + BATCH_DOCUMENTS]])["input_ids"]
     return [(name, text, ids) for (name, text), ids in zip(documents, encoded, strict=True) if len(ids) > 1]
 
 

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens ...
 LOGITS_BUFFERS = 6  # ... and how many such buffers live at the peak: logits and log-probabilities of two models, their products
 
+# Where a model runs layer by layer (stages/runtime/layerwise.py):
+VOCABULARY_ROWS = 8192  # rows of the embedding or head in memory at once: the head of a 128k x 8192 model is larger than its layers
+MICRO_BATCH_TOKENS = 512  # more is no faster on a CPU, and leaves the allocator larger blocks to keep
+HIDDEN_STATES = 4 << 30  # RAM for the hidden states of the text in flight, unless a stage is told otherwise
+
 
 @dataclass(frozen=True)
 class Window:
@@ -31,6 +36,21 @@ def cut_windows(documents: Sequence[Sequence[int]], max_length: int) -> list[Win
 def batches(windows: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
     for first in range(0, len(windows), batch_size):
         yield windows[first : first + batch_size]
+
+
+def group_batches(work: Sequence[Sequence[Window]], tokens: int) -> Iterator[Sequence[Sequence[Window]]]:
+    """Consecutive batches of at most `tokens` tokens together, padding counted; a batch that is larger stands alone."""
+    group: list[Sequence[Window]] = []
+    held = 0
+    for batch in work:
+        size = len(batch) * max(len(window.ids) for window in batch)
+        if group and held + size > tokens:
+            yield group
+            group, held = [], 0
+        group.append(batch)
+        held += size
+    if group:
+        yield group
 
 
 def chunk_tokens(vocab_size: int) -> int:

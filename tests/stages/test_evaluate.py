@@ -10,12 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, EvalReport
+from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.stage import Context
 from pipeline.target import Target
 from stages.evaluate import Evaluate
+from stages.kv_cache import KVCache
 from stages.rtn import RTN
 from stages.runtime import windows
+from stages.runtime.evaluation import cache_bytes
+from stages.runtime.int8_cache import Int8Cache, load_cache
 from stages.runtime.loading import load_model, resolve_device
+from stages.runtime.scoring import CacheBytes
 from stages.runtime.windows import cut_windows
 from tests.stages.models import make_checkpoint, save_tokenizer, write_documents
 
@@ -94,6 +99,103 @@ def test_every_number_equals_a_plain_loop_over_windows(tmp_path: Path, source: D
         "top1_matches": sum(top1),
     }.items():
         assert sum(row[field] for row in saved["documents"]) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["per_token_head", "static"])
+def test_an_int8_cache_is_scored_as_it_serves_and_its_own_cost_is_told(
+    tmp_path: Path, source: DenseCheckpoint, text: Dataset, mode: str
+) -> None:
+    """Against the ordinary way to decode with a cache: token by token."""
+    calibration = {"num_samples": 4, "max_length": 32} if mode == "static" else {}
+    packed = quantized(source, tmp_path / "q", num_bits=8)
+    cached = KVCache.from_dict({"mode": mode, **calibration}).run(Context(tmp_path / "c", lambda event: None), packed, text)
+    report = evaluate(tmp_path / "report", cached, text, source, max_documents=2)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(c.path, dtype="auto").eval() for c in (packed, source))
+    tokenizer, rows = AutoTokenizer.from_pretrained(source.path), []
+    for _, document in list(text.documents())[:2]:
+        ids, sums = tokenizer(document, return_tensors="pt")["input_ids"], torch.zeros(4, dtype=torch.float64)
+        for start in range(0, ids.shape[1] - 1, LENGTH - 1):
+            window, cache = ids[:, start : start + LENGTH], load_cache(cached.path, ours.config)
+            with torch.no_grad():
+                steps = [ours(token, past_key_values=cache, use_cache=True).logits[0] for token in window[:, :-1].split(1, 1)]
+                views = torch.cat(steps), ours(window).logits[0, :-1], theirs(window).logits[0, :-1]
+            q, plain, p = (logits.double().log_softmax(-1) for logits in views)
+            nll = [-view.gather(1, window[0, 1:, None]).sum() for view in (q, plain)]
+            sums += torch.stack([*nll, (p.exp() * (p - q)).sum(), (plain.exp() * (plain - q)).sum()])
+        rows.append(sums.tolist())
+    saved = json.loads((report.path / "report.json").read_text())["documents"]
+    for number, (column, tolerance) in enumerate({"nll": 1e-5, "plain_cache_nll": 1e-5, "kl": 1e-2, "plain_cache_kl": 1e-2}.items()):
+        assert [row[column] for row in saved] == pytest.approx([row[number] for row in rows], rel=tolerance)
+    nll, plain_nll, _, plain_kl = torch.tensor(rows, dtype=torch.float64).sum(0).div(report.metrics["tokens"]).tolist()
+    per_token = 2 * 2 * 2 * (16 + (4 if mode == "per_token_head" else 0))
+    expected = {
+        "perplexity": math.exp(nll),
+        "kv_cache_kl_divergence": plain_kl,
+        "kv_cache_perplexity_change_pct": 100 * math.expm1(nll - plain_nll),
+        "kv_bytes_per_token": per_token,
+        "kv_cache_nbytes": (LENGTH - 1) * per_token,
+    }
+    assert {name: report.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-2) and plain_kl > 0
+    single = evaluate(tmp_path / "single", cached, text, source, batch_size=1, max_documents=2)
+    assert single.metrics == pytest.approx(report.metrics, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", [None, "per_token_head", "static"])
+def test_layer_by_layer_gives_the_same_report(tmp_path: Path, source: DenseCheckpoint, text: Dataset, mode: str | None) -> None:
+    """Of a packed model, in groups so small that every batch is one."""
+    model = quantized(source, tmp_path / "q", num_bits=4)
+    if mode:
+        calibration = {"num_samples": 4, "max_length": 32} if mode == "static" else {}
+        model = KVCache.from_dict({"mode": mode, **calibration}).run(Context(tmp_path / "c", lambda event: None), model, text)
+    resident = evaluate(tmp_path / "resident", model, text, source, batch_size=4)
+    for hidden_states in (1, "1GiB"):
+        events: list[dict[str, object]] = []
+        stage = Evaluate.from_dict(
+            {"max_length": LENGTH}, {"mode": "layerwise", "hidden_states": hidden_states, "batch_size": 4, "device": "cpu"}
+        )
+        layerwise = stage.run(Context(tmp_path / str(hidden_states), events.append), model, text, source)
+        assert (layerwise.path / "report.json").read_bytes() == (resident.path / "report.json").read_bytes()
+        last = [event for event in events if event["event"] == "progress"][-1]
+        assert last["done"] == last["total"]
+
+
+def test_hidden_states_are_bounded_only_where_there_are_any() -> None:
+    with pytest.raises(ValueError, match="it has an effect only with mode: layerwise"):
+        Evaluate.from_dict({}, {"hidden_states": "1GiB"})
+
+
+def test_without_an_int8_cache_nothing_is_said_of_one(tmp_path: Path, source: DenseCheckpoint, text: Dataset) -> None:
+    report = evaluate(tmp_path, source, text, source)
+    rows = json.loads((tmp_path / "report.json").read_text())["documents"]
+    assert not [name for name in (*report.metrics, *rows[0]) if "cache" in name]
+
+
+def test_a_reference_too_is_scored_with_the_cache_it_serves_with(tmp_path: Path, source: DenseCheckpoint, text: Dataset) -> None:
+    cached = KVCache().run(Context(tmp_path / "cached", lambda event: None), source)
+    against_itself = evaluate(tmp_path / "a", cached, text, cached).metrics
+    assert against_itself["kl_divergence"] == 0.0 < against_itself["kv_cache_kl_divergence"]
+    against_plain = evaluate(tmp_path / "b", cached, text, source).metrics
+    assert against_plain["kl_divergence"] == against_plain["kv_cache_kl_divergence"]
+    assert against_plain["perplexity_change_pct"] == against_plain["kv_cache_perplexity_change_pct"] != 0.0
+
+
+def test_a_cache_of_other_bytes_than_its_spec_is_refused(source: DenseCheckpoint) -> None:
+    cache, states = Int8Cache(load_model(source.path).config, CacheSettings(mode="per_token_head")), torch.ones(3, 2, 7, 16)
+    for layer in range(2):
+        cache.update(states, states, layer)
+    layout = source.model_spec.with_cache("per_token_head").kv_cache
+    held = CacheBytes()
+    held.see(cache.bytes_per_sequence, cache.bytes_per_token)
+    assert cache_bytes(held, layout) == 7 * layout.bytes_per_token
+    with pytest.raises(ValueError, match="takes 160 bytes per token, the spec says 128"):
+        cache_bytes(held, source.model_spec.with_cache("static").kv_cache)
+
+
+def test_a_damaged_cache_file_is_refused(tmp_path: Path, text: Dataset) -> None:
+    model = DenseCheckpoint(make_checkpoint(tmp_path / "model"))
+    write_cache(model.path, CacheSettings(mode="static"))
+    with pytest.raises(ValueError, match=r"kv_cache\.safetensors is missing; write it with the stage kv_cache"):
+        evaluate(tmp_path / "report", model, text)
 
 
 def test_without_a_reference_there_is_nothing_to_compare(tmp_path: Path, source: DenseCheckpoint, text: Dataset) -> None:
@@ -201,3 +303,6 @@ def test_memory_counts_both_models_and_follows_the_device(tmp_path: Path, source
     assert both.totals["ram"] - alone.totals["ram"] > spec.nbytes
     assert alone.ram["model, dense"] == spec.nbytes
     assert not Evaluate().memory(packed, data, Target(name="gpu", gpus=1), reference=spec).ram.get("model, dense")
+    cached = Evaluate().memory(packed.with_cache("static"), data, Target(name="cpu"))
+    assert cached.ram["model, INT8 cache"] == 8 * 256 * 2 * 2 * 2 * 16  # windows, tokens, key and value, layers, heads, head_dim
+    assert Evaluate().explain(packed.with_cache("static"), data)[-1].startswith("scored with its INT8 cache (static)")

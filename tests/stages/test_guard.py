@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import DenseCheckpoint, QuantizedCheckpoint
+from pipeline.companions import SCALES_FILE
+from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.stage import Context
 from stages.rtn import RTN
 from stages.runtime import guard
@@ -91,9 +93,32 @@ def test_the_first_problems_are_shown_and_the_rest_counted(packed: QuantizedChec
         check_checkpoint(packed.path, packed.spec)
 
 
-def test_the_cache_layout_is_not_the_configs_matter(packed: QuantizedCheckpoint) -> None:
-    spec = packed.model_spec
-    check_checkpoint(packed.path, spec.with_cache("per_token_head"))
+def test_a_cache_that_is_not_the_planned_one(packed: QuantizedCheckpoint) -> None:
+    plain = packed.model_spec
+    check_checkpoint(packed.path, plain)
+    with pytest.raises(ValueError, match=r"kv_cache\.json is missing, expected per_token_head"):
+        check_checkpoint(packed.path, plain.with_cache("per_token_head"))
+    write_cache(packed.path, CacheSettings(mode="per_token_head"))
+    check_checkpoint(packed.path, plain.with_cache("per_token_head"))
+    with pytest.raises(ValueError, match=r"kv_cache\.json says mode per_token_head, expected no INT8 cache"):
+        check_checkpoint(packed.path, plain)
+    with pytest.raises(ValueError, match=r"kv_cache\.json says mode per_token_head, expected static"):
+        check_checkpoint(packed.path, plain.with_cache("static"))
+
+
+def test_scales_that_are_not_those_of_a_static_cache(packed: QuantizedCheckpoint) -> None:
+    static, scales = packed.model_spec.with_cache("static"), {f"layers.{i}.{name}_scale": torch.ones(2) for i in range(3) for name in "kv"}
+    write_cache(packed.path, CacheSettings(mode="static"))
+    with pytest.raises(ValueError, match=r"kv_cache\.safetensors is missing"):
+        check_checkpoint(packed.path, static)
+    save_file(scales, packed.path / SCALES_FILE)
+    check_checkpoint(packed.path, static)
+    save_file(scales | {"layers.1.k_scale": torch.tensor([1.0, 0.0])}, packed.path / SCALES_FILE)
+    with pytest.raises(ValueError, match=r"layers\.1\.k_scale holds a scale that is not finite and positive"):
+        check_checkpoint(packed.path, static)
+    write_cache(packed.path, CacheSettings(mode="per_token_head"))
+    with pytest.raises(ValueError, match=r"kv_cache\.safetensors is left over"):
+        check_checkpoint(packed.path, packed.model_spec.with_cache("per_token_head"))
 
 
 def test_the_probe_passes_for_the_model_itself_and_fails_for_another(packed: QuantizedCheckpoint) -> None:

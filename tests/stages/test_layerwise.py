@@ -12,7 +12,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from transformers import AutoModelForCausalLM
 
 from stages.runtime import layerwise
-from stages.runtime.layerwise import LayerwiseModel, micro_batches
+from stages.runtime.layerwise import LayerwiseModel, micro_batches, token_pieces
 from stages.runtime.tensors import CheckpointWriter, TensorReader
 from tests.stages.models import DIMENSIONS, make_checkpoint
 
@@ -169,3 +169,63 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"is not the model its config\.json describes: model\.layers\.3\.\S+ is missing"):
         LayerwiseModel(folder)
+
+
+def test_a_second_sweep_and_a_named_device_give_the_same(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen3", head_dim=32)
+    batches = [token_ids(2, 24), token_ids(1, 17, seed=1)]
+    model = LayerwiseModel(folder, device="cpu")
+    first, second, plain = (m.sweep(batches) for m in (model, model, LayerwiseModel(folder)))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, plain, strict=True))
+
+
+def test_a_layer_in_use_is_on_the_device_and_nothing_else_is_left_on_meta(tmp_path: Path) -> None:
+    """What is on `meta` has no values: only layers that are not in use may be there."""
+    model = LayerwiseModel(make_checkpoint(tmp_path), device="cpu")
+    assert not any(buffer.is_meta for buffer in model.decoder.buffers())
+    model.sweep([token_ids(1, 8)], on_layer=lambda i, layer: [_all_are_on(layer, torch.device("cpu"))])
+    assert all(parameter.is_meta for parameter in model.decoder.parameters())
+
+
+def _all_are_on(layer: torch.nn.Module, device: torch.device) -> torch.utils.hooks.RemovableHandle:
+    def check(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
+        tensors = [*module.parameters(), *module.buffers(), *arguments, *keywords["position_embeddings"]]
+        assert len(tensors) > 10 and all(tensor.device == device for tensor in tensors)
+
+    return layer.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@pytest.mark.parametrize("pieces", [7, 512])
+def test_the_top_logits_are_the_resident_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    monkeypatch.setattr(layerwise, "VOCABULARY_ROWS", 100)
+    folder = make_checkpoint(tmp_path, dtype=torch.float32)
+    batches = [token_ids(2, 24), token_ids(1, 17, seed=1)]
+    model = LayerwiseModel(folder)
+    hidden = token_pieces(model.sweep(batches), tokens=pieces)
+    assert all(len(piece) <= pieces for piece in hidden)
+    found = model.top_logits(hidden, k=120, temperature=3.0)  # more words than a slice has
+    expected = torch.cat([resident_logits(folder, ids).flatten(0, 1) for ids in batches])
+    ids, logits, log_sums = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    torch.testing.assert_close(logits, expected.topk(120).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(expected.gather(-1, ids), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_sums, (expected / 3.0).logsumexp(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_an_accelerator_gives_the_cpus_scores(tmp_path: Path) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None, "pytest -m gpu needs an accelerator"
+    folder = make_checkpoint(tmp_path, dtype=torch.float32, intermediate_size=128)
+    batches, mask = [token_ids(2, 24), token_ids(1, 24, seed=1), token_ids(2, 17, seed=2)], torch.ones(2, 17, dtype=torch.int64)
+    mask[0, 13:] = 0
+    for source in (folder, pack(folder, tmp_path / "packed", 4, symmetric=False)):
+        results = []
+        for model in (LayerwiseModel(source), LayerwiseModel(source, device=device)):
+            seen: list[torch.device] = []
+            hidden = model.sweep(batches, masks=[None, None, mask], on_output=lambda i, b, before, after: seen.append(after.device))  # noqa: B023
+            assert {where.type for where in seen} == {model.device.type} and all(h.device.type == "cpu" for h in hidden)
+            results.append((model.score(hidden, batches), model.top_logits(token_pieces(hidden), 5, 2.0)))
+        (scores, tops), (gpu_scores, gpu_tops) = results
+        for one, other in zip(scores[:2], gpu_scores[:2], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(tops[0].logits[:64], gpu_tops[0].logits[:64], atol=1e-3, rtol=1e-3)

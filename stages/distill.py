@@ -1,0 +1,187 @@
+"""Distillation: train a student to predict what a teacher predicts, to recover what pruning took from it."""
+
+import shutil
+from functools import partial
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec, TeacherLogits
+from pipeline.spec import ModelSpec
+from pipeline.stage import Context, Stage
+from pipeline.target import Memory, Target
+from stages.runtime.lora_settings import adapter_spec, check_rank, nf4_bytes
+from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, activation_memory, loss_bytes
+
+STATE_BYTES = 16  # of a trained weight: itself, its gradient and AdamW's two moments, each fp32 ...
+CHECKPOINT_BYTES = 12  # ... all of which but the gradient are saved
+
+
+class Distill(Stage):
+    """Match the teacher's next-token distribution at every token of a text (Hinton et al., 2015, https://arxiv.org/abs/1503.02531).
+
+        loss = alpha * T^2 * KL(teacher || student, both at temperature T) + (1 - alpha) * cross-entropy of the text
+
+    averaged over tokens. The teacher is a checkpoint, packed or not, or its stored logits (stage `teacher_logits`), where the words
+    that were not kept count as one outcome. `method: full` trains every weight in float32; `lora` trains adapters beside the
+    student frozen in NF4 and merges them into its original weights. Logits exist for a chunk of tokens at a time.
+
+    Metrics: `train_loss` (last tenth) and `first_train_loss`, `train_seconds`, `tokens_per_second`. Runs in one process, on one device.
+    """
+
+    name, version = "distill", 1
+    resumes = True
+    libraries = ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes")
+
+    class Params(TrainingParams):
+        temperature: float = Field(default=2.0, gt=0, le=100)  # above 1 the teacher's small probabilities count for more
+        alpha: float = Field(default=0.7, ge=0, le=1)  # weight of the teacher; the rest is the text's
+        learning_rate: float = Field(default=1e-4, gt=0)
+        method: Literal["full", "lora"] = "full"
+        lora: LoRAParams | None = None  # for method lora; None: its defaults
+        teacher_precision: Literal["bf16", "nf4"] = "bf16"  # a teacher in NF4 takes a quarter of the memory
+
+        @property
+        def adapter(self) -> LoRAParams:
+            return self.lora or LoRAParams()
+
+    class Execution(TrainingExecution):
+        pass
+
+    params: Params
+    execution: Execution
+
+    def unused(self) -> frozenset[str]:
+        return frozenset() if self.params.alpha else frozenset({"teacher"})
+
+    def infer(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> ModelSpec:
+        problems = without_effect(self.params, teacher)
+        if train.format != "text":
+            problems.append(f"inputs.train: {train.split} holds conversations, distill learns from text; give a split of plain text")
+        if self.params.alpha and teacher is None:
+            problems.append("inputs.teacher: alpha is not 0, so there must be one; write inputs: {teacher: model} or alpha: 0")
+        if isinstance(teacher, ModelSpec):
+            problems += teacher_problems(self.params, student, teacher)
+        elif isinstance(teacher, LogitsSpec):
+            problems += logits_problems(self.params, student, train, teacher)
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.params.check_data(train, student)
+        if self.params.method == "lora":
+            check_rank(student, self.params.adapter.rank)
+        return student
+
+    def memory(self, student: ModelSpec, train: DatasetSpec, target: Target, teacher: ModelSpec | LogitsSpec | None = None) -> Memory:
+        p, shape, adapts = self.params, student.architecture, self.params.method == "lora"
+        trained = adapter_spec(student, p.adapter.rank).num_parameters if adapts else student.num_parameters
+        held = {
+            "student, frozen in NF4": nf4_bytes(student, double_quant=True) if adapts else 0,
+            "trained weights, their gradients and AdamW's moments": STATE_BYTES * trained,
+            "copy of the weights in bf16": 0 if adapts or p.dtype == "fp32" else 2 * student.num_parameters,
+            "gradient of the output embedding": 0 if adapts else (4 + 2) * shape.vocab_size * shape.hidden_size,  # and a chunk's part of it
+            **activation_memory(p, self.execution, student),
+            "logits of a chunk of tokens": loss_bytes(student),
+        }
+        if isinstance(teacher, ModelSpec):
+            held["teacher"] = nf4_bytes(teacher, double_quant=True) if p.teacher_precision == "nf4" else 2 * teacher.num_parameters
+            held["teacher, packed, while loading"] = 0 if teacher.is_dense else teacher.nbytes
+        held = {name: count for name, count in held.items() if count}
+        data = {"the dataset's text and token ids": 10 * train.nbytes}
+        disk = {"checkpoint": student.nbytes, "state of the training, twice while it is replaced": 2 * CHECKPOINT_BYTES * trained}
+        if target.gpus and self.execution.device != "cpu":
+            return Memory(vram=held, ram=data, disk=disk)
+        return Memory(ram=held | data, disk=disk)
+
+    def explain(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> list[str]:
+        p = self.params
+        said = [f"{p.steps:,} updates on {p.tokens:,} tokens, {p.global_batch_size * p.max_length:,} in each"]
+        if isinstance(teacher, LogitsSpec) and p.alpha:
+            said.append(f"teacher: its {teacher.k} largest logits of {teacher.vocab_size:,}; all other words count as one outcome")
+        if p.alpha == 0:
+            said.append("alpha 0: no teacher, ordinary training on the text (cross-entropy)")
+        if p.alpha == 1:
+            said.append("alpha 1: only the teacher is learned from, not which word the text goes on with")
+        if p.method == "lora":
+            count = adapter_spec(student, p.adapter.rank).num_parameters
+            said.append(f"method lora: trains {count:,} weights beside the student in NF4, then merges them into its original weights")
+        return said
+
+    def run(
+        self, ctx: Context, student: DenseCheckpoint, train: Dataset, teacher: Checkpoint | TeacherLogits | None = None
+    ) -> DenseCheckpoint:
+        from stages.runtime.distillation import DistillationLoss, full_trainee, load_teacher, lora_trainee, stack, window_samples
+        from stages.runtime.loading import resolve_device
+        from stages.runtime.lora import DTYPES
+        from stages.runtime.text import calibration_windows, load_tokenizer
+        from stages.runtime.training import train as fit
+
+        p, work, device = self.params, ctx.output / "training", resolve_device(self.execution.device)
+        guide, windows = load_teacher(teacher, student, p.teacher_precision, device) if teacher else (None, None)
+        if windows is None:
+            windows = calibration_windows(train, load_tokenizer(student.path), p.num_samples, p.max_length)
+        samples = window_samples(windows, student.model_spec.architecture.vocab_size)
+        progress = partial(ctx.progress, "writing")
+        if p.method == "full":
+            trainee = full_trainee(student, device, progress)
+        else:
+            trainee = lora_trainee(student, device, DTYPES[p.dtype], p.adapter, p.seed, work, progress)
+        if self.execution.gradient_checkpointing:
+            trainee.model.gradient_checkpointing_enable({"use_reentrant": False})
+        module = DistillationLoss(trainee.model, guide, p.temperature, p.alpha)
+        metrics = fit(ctx, module, samples, stack, p, self.execution, work)
+        ctx.note(f"training loss: {metrics['first_train_loss']:.3f} at the start, {metrics['train_loss']:.3f} at the end")
+        trainee.write(ctx.output)
+        shutil.rmtree(work, ignore_errors=True)
+        return DenseCheckpoint(ctx.output, student.model_spec, metrics=metrics)
+
+
+def without_effect(p: Distill.Params, teacher: ModelSpec | LogitsSpec | None) -> list[str]:
+    """Settings that change nothing, a sentence each."""
+    changed = p.model_dump(exclude_defaults=True)
+    problems = []
+    if p.method == "full" and p.lora is not None:
+        problems.append("lora: it has an effect only with method: lora; leave it out or write method: lora")
+    if p.alpha == 0:
+        problems += [
+            f"{name}: it has no effect with alpha 0, where there is no teacher; leave it out"
+            for name in ("temperature", "teacher_precision")
+            if name in changed
+        ]
+    elif isinstance(teacher, LogitsSpec) and p.teacher_precision == "nf4":
+        problems.append("teacher_precision: the teacher's logits are stored, no teacher is loaded; leave it out here")
+    return problems
+
+
+def teacher_problems(p: Distill.Params, student: ModelSpec, teacher: ModelSpec) -> list[str]:
+    """Why that teacher cannot guide that student."""
+    mine, its, problems = student.architecture, teacher.architecture, []
+    if mine.vocab_size != its.vocab_size:
+        problems.append(
+            f"inputs.teacher: it has {its.vocab_size:,} words in its vocabulary, the student {mine.vocab_size:,}; "
+            "distillation compares distributions over the same words, choose a teacher of the student's family"
+        )
+    if its.max_position < p.max_length:
+        problems.append(
+            f"max_length: {p.max_length} is more than the teacher's {its.max_position} positions; write {its.max_position} or less"
+        )
+    if p.teacher_precision == "nf4" and not teacher.is_dense:
+        problems.append("teacher_precision: nf4 packs dense weights, and this teacher is packed already; leave it out")
+    return problems
+
+
+def logits_problems(p: Distill.Params, student: ModelSpec, train: DatasetSpec, logits: LogitsSpec) -> list[str]:
+    """Why those logits are not of what this stage trains on."""
+    same = {"temperature": p.temperature, "num_samples": p.num_samples, "max_length": p.max_length}
+    problems = [
+        f"{name}: the teacher's logits were stored with {getattr(logits, name):g}, here it is {mine:g}; write the same in both stages"
+        for name, mine in same.items()
+        if getattr(logits, name) != mine
+    ]
+    if logits.vocab_size != student.architecture.vocab_size:
+        problems.append(
+            f"inputs.teacher: its logits are over {logits.vocab_size:,} words, the student has {student.architecture.vocab_size:,}; "
+            "choose a teacher of the student's family"
+        )
+    if logits.data != train.digest:
+        problems.append("inputs.train: the teacher's logits are of another text; give both stages the same split")
+    return problems

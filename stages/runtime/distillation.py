@@ -1,0 +1,143 @@
+"""What a distillation trains: the student and its loss in one module, the teacher beside it.
+
+The teacher is no submodule: wrappers for several devices must not shard it, and `train()` must not reach it. It sees the very windows
+that the student sees, or its logits of them were stored before.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pipeline.artifact import Checkpoint, DenseCheckpoint, TeacherLogits, tokenizer_digest
+from stages.functional.distillation import CrossEntropy, Distillation, Divergence, FullTeacher, Objective, TopTeacher, linear_loss
+from stages.runtime.loading import load_model
+from stages.runtime.lora import add_lora, load_nf4, merge_adapter, save_adapter
+from stages.runtime.samples import NOT_COUNTED, Sample, Samples, as_sample
+from stages.runtime.scoring import hidden_states
+from stages.runtime.teacher_logits import StoredLogits
+from stages.runtime.tensors import DTYPES, CheckpointWriter, copy_companions
+from stages.runtime.training_settings import LoRAParams, loss_chunk_tokens
+
+Progress = Callable[[int, int], None]
+
+
+class Teacher(Protocol):
+    def divergence(self, input_ids: torch.Tensor, windows: torch.Tensor, counted: torch.Tensor) -> Divergence:
+        """Of the counted tokens: input_ids and counted [samples, length], windows [samples] their numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResidentTeacher:
+    """A transformers model in eval mode, that computes in its own dtype whatever the student's is."""
+
+    model: Any
+
+    def divergence(self, input_ids: torch.Tensor, windows: torch.Tensor, counted: torch.Tensor) -> Divergence:
+        with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+            return FullTeacher(hidden_states(self.model, input_ids)[counted], self.model.get_output_embeddings())
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """A teacher's largest logits, read window by window."""
+
+    logits: StoredLogits
+
+    def divergence(self, input_ids: torch.Tensor, windows: torch.Tensor, counted: torch.Tensor) -> Divergence:
+        return TopTeacher(*(tensor.to(input_ids.device)[counted] for tensor in self.logits.batch(windows.tolist())))
+
+
+class DistillationLoss(torch.nn.Module):
+    """A student with its loss, summed over counted tokens; cross-entropy alone where there is no teacher."""
+
+    def __init__(self, student: Any, teacher: Teacher | None, temperature: float, alpha: float) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.temperature, self.alpha = temperature, alpha
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, window: torch.Tensor) -> dict[str, torch.Tensor]:
+        """input_ids and labels [samples, length], window [samples]: which window of the text each sample is."""
+        counted = labels != NOT_COUNTED
+        objective: Objective = CrossEntropy(labels[counted])
+        if self.teacher is not None:
+            divergence = self.teacher.divergence(input_ids, window, counted)
+            objective = Distillation(labels[counted], divergence, self.temperature, self.alpha)
+        hidden, head = hidden_states(self.student, input_ids)[counted], self.student.get_output_embeddings().weight
+        return linear_loss(hidden, head, objective, loss_chunk_tokens(len(head)))
+
+
+def load_teacher(
+    teacher: Checkpoint | TeacherLogits, student: Checkpoint, precision: str, device: torch.device
+) -> tuple[Teacher, torch.Tensor | None]:
+    """The teacher, and the windows that it was asked about before, [samples, length], if it was.
+
+    ValueError where it reads other tokens than the student: only distributions over the same words can be compared.
+    """
+    stored = StoredLogits(teacher.path) if isinstance(teacher, TeacherLogits) else None
+    tokenizer = stored.layout.tokenizer if stored else tokenizer_digest(teacher.path)
+    if tokenizer != tokenizer_digest(student.path):
+        raise ValueError("inputs.teacher: it has another tokenizer than the student; choose a teacher that reads the same tokens")
+    if stored is not None:
+        return StoredTeacher(stored), stored.windows
+    if precision == "nf4":
+        return ResidentTeacher(load_nf4(teacher.path, device, torch.bfloat16)), None
+    model = load_model(teacher.path, device).requires_grad_(False)
+    for parameter in model.parameters():  # not `to`, which would also round the inverse frequencies of the positions
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return ResidentTeacher(model), None
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A student on its device, those of its weights requiring a gradient that are to be trained; `write` its checkpoint into a folder."""
+
+    model: Any
+    write: Callable[[Path], None]
+
+
+def full_trainee(student: DenseCheckpoint, device: torch.device, progress: Progress) -> Trainee:
+    """Every weight in float32; written back as the student has them."""
+    model, spec = load_model(student.path, device).float(), student.model_spec
+
+    def write(output: Path) -> None:
+        tensors = spec.tensors()
+        with CheckpointWriter(output) as writer:
+            for done, (name, (dtype, _)) in enumerate(tensors.items(), 1):
+                writer.add(name, model.get_parameter(name).to("cpu", DTYPES[dtype]))
+                progress(done, len(tensors))
+        copy_companions(student.path, output, student.config)
+
+    return Trainee(model, write)
+
+
+def lora_trainee(
+    student: DenseCheckpoint, device: torch.device, compute_dtype: torch.dtype, lora: LoRAParams, seed: int, work: Path, progress: Progress
+) -> Trainee:
+    """Adapters beside the student frozen in NF4; merged into its original weights, by way of a folder in `work`."""
+    base = load_nf4(student.path, device, compute_dtype)
+    adapted = add_lora(base, lora.rank, lora.lora_alpha, lora.lora_dropout, seed)
+
+    def write(output: Path) -> None:
+        save_adapter(adapted, work / "adapter")
+        merge_adapter(student.path, work / "adapter", output, progress)
+
+    return Trainee(base, write)
+
+
+def window_samples(windows: torch.Tensor, vocab_size: int) -> Samples:
+    """Of windows [samples, length]: each with its number, in which every token is learned but the first. ValueError: unknown words."""
+    if windows.max() >= vocab_size:
+        raise ValueError(
+            f"inputs.train: the text encodes to token id {windows.max()}, but the student's vocabulary has {vocab_size} words; "
+            "the tokenizer in its folder is another model's"
+        )
+    return Samples([as_sample(ids) | {"window": torch.tensor(number)} for number, ids in enumerate(windows)])
+
+
+def stack(samples: Sequence[Sample]) -> Sample:
+    """A batch of windows, which all have one length."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,0 +1,146 @@
+"""What a teacher says of a text, scored once and kept, so that students can be distilled from it without the teacher."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, LogitsSpec, TeacherLogits, tokenizer_digest
+from pipeline.headers import ITEM_BYTES
+from pipeline.spec import ModelSpec
+from pipeline.stage import Context, Stage
+from pipeline.target import Memory, Size, Target, format_size
+from stages.runtime.logits_layout import LogitsFile
+from stages.runtime.training_settings import check_windows
+from stages.runtime.windows import HIDDEN_STATES, LOGITS_BYTES, MICRO_BATCH_TOKENS, VOCABULARY_ROWS
+
+LIST_BYTES = 12  # of a kept word while it is in memory: int64 id and float32 logit
+CHUNK_BUFFERS = 4  # of one chunk's logits: in the model's dtype (half), float32, divided by the temperature, exponentials
+
+
+class RecordTeacher(Stage):
+    """The `k` largest logits of the teacher at every token of the training text, and what all other words weigh together.
+
+    Distillation needs little more: Hinton et al. (2015, https://arxiv.org/abs/1503.02531) match whole distributions, of which a few
+    dozen words hold nearly all. The rest is kept as one number a token, the log-sum-exp of logits / `temperature` over the whole
+    vocabulary, so that the distribution stays normalized: without it a student would learn that the rest has no probability.
+    The logits are stored as the teacher computes them, in its own dtype, unrounded. Layout: stages/runtime/logits_layout.py.
+
+    Metrics: `tokens`; `kept_probability` (0 to 1), the teacher's probability at `temperature` that the kept words hold, mean over tokens.
+    """
+
+    name, version, resumes = "teacher_logits", 1, True
+    libraries = ("torch", "transformers", "compressed-tensors")
+
+    class Params(Stage.Params):
+        k: int = Field(default=32, ge=1)  # words kept at each token
+        temperature: float = Field(default=2.0, gt=0)  # the one that distillation will use
+        num_samples: int = Field(default=1024, ge=1)  # windows of text, evenly spaced over it ...
+        max_length: int = Field(default=512, ge=2)  # ... and their tokens: both as in the stage that trains
+
+    class Execution(Stage.Execution):
+        mode: Literal["resident", "layerwise"] = "resident"  # layerwise: one layer in memory, for a teacher that does not fit
+        batch_size: int = Field(default=8, ge=1)  # windows in one forward
+        hidden_states: Size | None = Field(default=None, ge=1)  # layerwise: RAM for the windows in flight; the default is 4GiB
+        device: Literal["auto", "cpu", "cuda"] = "auto"
+
+        @field_validator("hidden_states")
+        @classmethod
+        def _has_an_effect(cls, value: int | None, info: ValidationInfo) -> int | None:
+            if value is not None and info.data.get("mode") == "resident":
+                raise ValueError("it has an effect only with mode: layerwise; leave it out or write mode: layerwise")
+            return value
+
+    params: Params
+    execution: Execution
+
+    def infer(self, teacher: ModelSpec, train: DatasetSpec) -> LogitsSpec:
+        words = teacher.architecture.vocab_size
+        if self.params.k > words:
+            raise ValueError(f"k: {self.params.k} is more than the {words} words of the teacher's vocabulary; write {words} or less")
+        if train.format != "text":
+            raise ValueError(f"train: {train.split} holds conversations, but logits are kept for windows of text; give a split of text")
+        check_windows(self.params.num_samples, self.params.max_length, train, teacher)
+        return self._layout(teacher, train.digest).spec
+
+    def memory(self, teacher: ModelSpec, train: DatasetSpec, target: Target) -> Memory:
+        shape, item, length = teacher.architecture, ITEM_BYTES[teacher.dtype], self.params.max_length
+        layout, token_bytes = self._layout(teacher), LIST_BYTES * self.params.k + 4
+        at_once = min(self.params.num_samples, self._files_at_once(teacher) * layout.windows_per_file)
+        ram = {
+            "the text and its token ids": 10 * train.nbytes,
+            "logits of the windows scored at once": 2 * at_once * length * token_bytes,
+            "one file as it is written": 2 * layout.windows_per_file * layout.window_bytes,
+        }
+        widest = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.num_heads * shape.head_dim
+        model = {"activations of one layer": self.execution.batch_size * length * widest * item}
+        if self.execution.mode == "resident":
+            model |= {"teacher, dense": teacher.dense().nbytes, "logits of a chunk of tokens": CHUNK_BUFFERS * LOGITS_BYTES}
+            if not teacher.is_dense:
+                model["teacher, packed, while loading"] = teacher.nbytes
+        else:
+            layer = sum(group.shape[0] * group.shape[1] for group in teacher.linear_groups if group.layers)
+            ram["hidden states"] = min(self._at_once(teacher), self.params.num_samples) * length * shape.hidden_size * item
+            model |= {
+                "one decoder layer": layer * item,
+                "a slice of the output embedding": min(VOCABULARY_ROWS, shape.vocab_size) * shape.hidden_size * item,
+                "logits of a slice": CHUNK_BUFFERS * 4 * MICRO_BATCH_TOKENS * min(VOCABULARY_ROWS, shape.vocab_size),
+            }
+        disk = {"logits": layout.spec.nbytes}
+        if target.gpus and self.execution.device != "cpu":
+            return Memory(ram=ram, vram=model, disk=disk)
+        return Memory(ram=ram | model, disk=disk)
+
+    def explain(self, teacher: ModelSpec, train: DatasetSpec) -> list[str]:
+        params, layout = self.params, self._layout(teacher)
+        tokens = params.num_samples * params.max_length
+        said = [f"keeps {params.k} of {layout.vocab_size:,} words at each of {tokens:,} tokens, {format_size(layout.spec.nbytes)}"]
+        if self.execution.mode == "layerwise":
+            sweeps = self._sweeps(teacher)
+            times = f"{sweeps} times, fewer with more hidden_states" if sweeps > 1 else "once"
+            said.append(f"mode layerwise: reads the teacher's {format_size(teacher.nbytes)} {times}")
+        return said
+
+    def run(self, ctx: Context, teacher: Checkpoint, train: Dataset) -> TeacherLogits:
+        from stages.runtime.loading import resolve_device
+        from stages.runtime.teacher_logits import LayerwiseTeacher, ResidentTeacher, StoredLogits, Teacher, store_logits
+        from stages.runtime.text import calibration_windows, load_tokenizer
+
+        model, params = teacher.model_spec, self.params
+        assert isinstance(train.spec, DatasetSpec), "a plan gives every dataset its spec"
+        layout = self._layout(model, train.spec.digest, tokenizer_digest(teacher.path))
+        windows = calibration_windows(train, load_tokenizer(teacher.path), params.num_samples, params.max_length)
+        if windows.max() >= layout.vocab_size:
+            raise ValueError(
+                f"the text encodes to token id {windows.max()}, but the teacher's vocabulary has {layout.vocab_size} words; "
+                "the folder's tokenizer is another model's"
+            )
+        settings = (teacher.path, resolve_device(self.execution.device), self.execution.batch_size)
+        load: Callable[[], Teacher] = partial(ResidentTeacher, *settings)
+        if self.execution.mode == "layerwise":
+            load = partial(LayerwiseTeacher, *settings, self._at_once(model))
+        kept = store_logits(ctx, windows, layout, self._files_at_once(model), load)
+        assert StoredLogits(ctx.output).nbytes == layout.spec.nbytes, "infer says how many bytes there are"
+        metrics = {"tokens": float(windows.numel()), "kept_probability": kept}
+        return TeacherLogits(path=ctx.output, spec=layout.spec, metrics=metrics)
+
+    def _layout(self, teacher: ModelSpec, data: str = "", tokenizer: str | None = None) -> LogitsFile:
+        params = self.params.model_dump()
+        return LogitsFile(**params, vocab_size=teacher.architecture.vocab_size, dtype=teacher.dtype, data=data, tokenizer=tokenizer)
+
+    def _at_once(self, teacher: ModelSpec) -> int:
+        """Layer by layer: windows whose hidden states, and the lists that follow from them, are in RAM together."""
+        token_bytes = teacher.architecture.hidden_size * ITEM_BYTES[teacher.dtype] + LIST_BYTES * self.params.k + 4
+        return max(1, (self.execution.hidden_states or HIDDEN_STATES) // (self.params.max_length * token_bytes))
+
+    def _files_at_once(self, teacher: ModelSpec) -> int:
+        """Files whose windows are scored together: layer by layer, each time reads all of the teacher's weights."""
+        return 1 if self.execution.mode == "resident" else max(1, self._at_once(teacher) // self._layout(teacher).windows_per_file)
+
+    def _sweeps(self, teacher: ModelSpec) -> int:
+        """How often a layerwise teacher's weights are read."""
+        at_once, scored = self._at_once(teacher), self._files_at_once(teacher) * self._layout(teacher).windows_per_file
+        whole, rest = divmod(self.params.num_samples, scored)
+        return whole * math.ceil(scored / at_once) + math.ceil(rest / at_once)
