@@ -25,6 +25,7 @@ from pipeline.recipe import check_document
 from pipeline.stage import find_stage, stage_names
 
 YAML_FILE = re.compile(r"\.ya?ml$")
+OPEN = ("models.", "data.splits.", "model.architecture.")  # mappings that take entries of any name
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 
 
@@ -90,6 +91,8 @@ def explain(error: Exception) -> RecipeError:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
         spot = str(cause.full_key)
         known = [str(key) for key in cause.parent_node] if hasattr(cause.parent_node, "__iter__") else []
+        if spot.startswith(OPEN) or not known:
+            return RecipeError(f"{spot}: it is not there yet; to add an entry write +{spot}=...")
         return RecipeError(f"{spot}: there is no such setting{did_you_mean(spot.rpartition('.')[2], known)}")
     first = str(error).strip().splitlines()[0]
     if isinstance(error, ConfigCompositionException):

@@ -154,7 +154,7 @@ class _Builder:
         elif issubclass(port.accepts[0], Dataset):
             splits = ", ".join(self.recipe.data.splits) or "none"
             self.problems.append(
-                f"data.splits: {name} needs a split `{port.name}`, there are: {splits}; add data.splits.{port.name}=/file.jsonl"
+                f"data.splits: {name} needs a split `{port.name}`, there are: {splits}; write +data.splits.{port.name}=/file.jsonl"
             )
             return None
         else:

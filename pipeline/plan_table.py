@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import Artifact, Checkpoint
+from pipeline.artifact import AdapterSpec, Artifact, Checkpoint, LogitsSpec
 from pipeline.plan import Plan, PlannedNode
 from pipeline.spec import ModelSpec
 from pipeline.target import format_size
@@ -64,13 +64,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name, justify in (("stage", "left"), ("makes", "left"), ("size", "right"), ("bits/w", "right"), ("KV/token", "right"),
                           *[(place, "right") for place in (("RAM", "VRAM") if vram else ("peak RAM",))], ("", "left")):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=name in ("stage", ""), overflow="fold")  # type: ignore[arg-type]
-    table.add_row(
-        "source model", _kind(type(plan.source)), *_sizes(plan.source.model_spec), *[""] * (2 + vram)
-    )
+    table.add_row("source model", _kind(type(plan.source)), *_sizes(plan.source.model_spec), *[""] * (2 + vram))
     for node in plan.nodes:
         spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
         made = ", ".join(_kind(kind) for kind in node.types.values())
-        sizes = _sizes(spec) if spec else ("", "", "")
+        sizes = _sizes(spec) if spec else (_size_of_other(node), "", "")
         peaks = [format_size(node.memory.totals[place]) for place in ("ram", "vram")[: 2 if vram else 1]]
         table.add_row(node.name, made, *sizes, *peaks, STATUS[node.status])
     title = f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n"
@@ -84,6 +82,12 @@ def print_plan(plan: Plan, console: Console) -> None:
         lines.append(f"  {serving(plan)}")
     if lines:
         console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _size_of_other(node: PlannedNode) -> str:
+    """Of adapters and stored logits."""
+    sizes = [spec.nbytes for spec in node.expected.values() if isinstance(spec, AdapterSpec | LogitsSpec)]
+    return format_size(sum(sizes)) if sizes else ""
 
 
 def _kind(kind: type[Artifact]) -> str:

@@ -181,7 +181,7 @@ def test_an_input_named_though_the_parameters_leave_it_unused_is_refused() -> No
 
 
 def test_a_split_that_is_needed_and_not_there_is_named() -> None:
-    told = r"^data\.splits: prune needs a split `calibration`, there are: eval; add data\.splits\.calibration=/file\.jsonl$"
+    told = r"^data\.splits: prune needs a split `calibration`, there are: eval; write \+data\.splits\.calibration=/file\.jsonl$"
     with pytest.raises(RecipeError, match=told):
         wire("prune", data=DataSource.model_validate({"splits": {"eval": "e.txt"}}))
 
