@@ -24,6 +24,14 @@ class RecipeError(LlmpressError):
         super().__init__("\n".join(self.problems))
 
 
+class InputProblems(ValueError):
+    """Several reasons why a stage cannot take its input, found together by `infer`."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
+
+
 class PlanError(RecipeError):
     """It is well-formed but cannot fit or run there."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec, tokenizer_digest
-from pipeline.errors import RecipeError
+from pipeline.errors import InputProblems, RecipeError
 from pipeline.graph import LATEST_PORTS, SOURCE_MODEL, Graph, Node, Ref, build
 from pipeline.identity import DigestMemo, backend_versions, digest, non_default, output_key, stage_key
 from pipeline.recipe import Recipe
@@ -139,9 +139,10 @@ class _Evaluation:
         try:
             inferred = node.stage.infer(**specs)
         except ValueError as error:
-            field = str(error).partition(":")[0]
-            joint = "." if field in type(node.stage.params).model_fields else ": "
-            self.problems.append(f"stages.{node.name}{joint}{error}")
+            for problem in error.problems if isinstance(error, InputProblems) else [str(error)]:
+                field = problem.partition(":")[0].partition(".")[0]
+                joint = "." if field in ("inputs", *type(node.stage.params).model_fields) else ": "
+                self.problems.append(f"stages.{node.name}{joint}{problem}")
             return None
         ports = list(node.stage.outputs())
         expected = {ports[0]: inferred} if len(ports) == 1 else {port: getattr(inferred, port) for port in ports}

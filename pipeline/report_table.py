@@ -52,7 +52,7 @@ def _rows(report: Report) -> Iterator[Row]:
         if stage.measures is not None and stage.status in ("hit", "ran"):
             judges.setdefault(stage.measures, stage)
     source = judges.get("model")
-    yield {"stage": "source model", **_sizes(report.source), **_quality(source), **(_time(source) if source else {})}
+    yield {"stage": "source", **_sizes(report.source), **_quality(source), **(_time(source) if source else {})}
     before = source
     for stage in report.stages:
         if stage.planned_bytes is not None:

@@ -122,7 +122,8 @@ class Stage(ABC):
 
     @abstractmethod
     def infer(self, *args: Any, **specs: Any) -> Any:
-        """The output's spec from the inputs' (by port), without weights. ValueError: why this input is illegal."""
+        """The output's spec from the inputs' (by port), without weights. ValueError: why this input is illegal, led by the parameter at
+        fault (`k: ...`) where there is one; InputProblems for several reasons."""
 
     @abstractmethod
     def memory(self, *args: Any, **specs: Any) -> Memory:

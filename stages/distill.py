@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec, TeacherLogits
+from pipeline.errors import InputProblems
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
@@ -65,7 +66,7 @@ class Distill(Stage):
         elif isinstance(teacher, LogitsSpec):
             problems += logits_problems(self.params, student, train, teacher)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputProblems(problems)
         self.params.check_data(train, student)
         if self.params.method == "lora":
             check_rank(student, self.params.adapter.rank)

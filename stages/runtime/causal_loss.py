@@ -6,7 +6,7 @@ import torch
 
 from stages.functional.distillation import CrossEntropy, linear_loss
 from stages.runtime.samples import NOT_COUNTED
-from stages.runtime.windows import chunk_tokens
+from stages.runtime.training_settings import loss_chunk_tokens
 
 
 class CausalLoss(torch.nn.Module):
@@ -23,4 +23,4 @@ class CausalLoss(torch.nn.Module):
         """Each [samples, length], on the model's device; labels[t] is the target of position t, -100 where none counts."""
         hidden = self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         counted, head = labels != NOT_COUNTED, self.model.lm_head.weight
-        return linear_loss(hidden[counted], head, CrossEntropy(labels[counted]), chunk_tokens(head.shape[0]))
+        return linear_loss(hidden[counted], head, CrossEntropy(labels[counted]), loss_chunk_tokens(len(head)))

@@ -12,8 +12,7 @@ from pipeline.artifact import AdapterSpec
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import ModuleGroup
 from pipeline.spec import ModelSpec
-from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams
-from stages.runtime.windows import LOGITS_BUFFERS, chunk_tokens
+from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, loss_bytes
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every Linear layer of a decoder layer
 NF4_BLOCK = 64  # weights that share a maximum ...
@@ -83,7 +82,7 @@ def batch_memory(params: LoRATraining, execution: TrainingExecution, model: Mode
         "activations": shape.num_layers * kept + computed,
         "gradients of one layer's activations": layer // 2,
         "one weight, dequantized": 2 * largest * item,
-        "logits of a chunk of tokens": LOGITS_BUFFERS * 4 * shape.vocab_size * min(tokens, chunk_tokens(shape.vocab_size)),
+        "logits of a chunk of tokens": loss_bytes(model),
     }
 
 

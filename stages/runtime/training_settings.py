@@ -45,8 +45,14 @@ class TrainingParams(Stage.Params):
         return self.num_samples * self.max_length * self.epochs
 
     def check_data(self, train: DatasetSpec, model: ModelSpec) -> None:
-        """ValueError for what is known to fail before anything is read: too few bytes, or more tokens than positions."""
+        """ValueError for what is known to fail before anything is read: too few bytes, more tokens than positions, warmup to the end."""
         check_windows(self.num_samples, self.max_length, train, model)
+        if math.ceil(self.warmup_ratio * self.steps) >= self.steps:  # the first update of a warmup has a learning rate of 0
+            count = f"{self.steps} update{'s' if self.steps > 1 else ''}"
+            raise ValueError(
+                f"num_samples: {self.num_samples} samples make {count}, all of it warmup, so that hardly anything would be learned; "
+                "give more samples, a smaller global_batch_size or warmup_ratio: 0"
+            )
 
 
 def check_windows(num_samples: int, max_length: int, train: DatasetSpec, model: ModelSpec) -> None:

@@ -82,7 +82,7 @@ def test_an_interrupted_stage_is_not_called_failed(model: Path, tmp_path: Path) 
 def test_a_run_that_never_started_reports_too(model: Path, tmp_path: Path) -> None:
     report = build_report(plan_of(model, tmp_path), RunRecord(tmp_path), StageFailed("prune", "no"))
     assert {stage.status for stage in report.stages} == {"not reached"}
-    assert "source model" in printed(report)
+    assert "source" in printed(report)
 
 
 def test_the_table_reads_at_80_columns_and_in_a_pipe(model: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_table_reads_at_80_columns_and_in_a_pipe(model: Path, tmp_path: Path
     table = [line for line in text.splitlines()[1:7] if line]
     assert max(map(len, table)) <= 80
     assert table[0].split() == ["stage", "time", "size", "bits/w", "ppl", "vs", "source", "KL"]
-    assert table[1].split() == ["source", "model", "12.5", "s", "1.33", "MB", "16.00", "5"]
+    assert table[1].split() == ["source", "12.5", "s", "1.33", "MB", "16.00", "5"]
     assert table[3].split() == ["quantize", "12.5", "s", "364", "KB", "6.19", "8", "+60.0", "%", "0.3"]
     assert table[4].split() == ["evaluation", "12.5", "s"]
     assert "\x1b" not in text
@@ -158,12 +158,12 @@ def test_a_model_measured_after_each_stage_makes_a_waterfall(model: Path, tmp_pa
     report = run(plan_of(model, tmp_path, order=["prune", "evaluate", "quantize", "evaluate"]), tmp_path)
     columns, rows = table_of(report)
     change = {row[0]: row[columns.index("change")] for row in rows}
-    assert change == {"source model": "", "prune": "+60.0 %", "quantize": "+0.0 %", "evaluation": ""}
+    assert change == {"source": "", "prune": "+60.0 %", "quantize": "+0.0 %", "evaluation": ""}
     assert dict(zip(columns, rows[-1], strict=True))["time"] == "25.0 s"
 
 
 def test_a_measurement_that_was_not_reached_has_a_row_of_its_own(model: Path, tmp_path: Path) -> None:
     report = run(plan_of(model, tmp_path), tmp_path, StageFailed("quantize", "out of memory"), fail="quantize")
     assert [row[:2] for row in table_of(report)[1]] == [
-        ("source model", "12.5 s"), ("prune", "12.5 s"), ("quantize", "failed"), ("evaluate (of quantize)", "not reached"),
+        ("source", "12.5 s"), ("prune", "12.5 s"), ("quantize", "failed"), ("evaluate (of quantize)", "not reached"),
     ]  # fmt: skip

@@ -30,7 +30,7 @@ def test_a_recipe_runs_and_again_it_is_all_hits_and_a_change_runs_only_what_foll
     first = run("recipe=mine.yaml")
     assert first.code == 0, first.err
     assert statuses(folder) == {"evaluate@source": "ran", "prune": "ran", "quantize": "ran", "evaluate": "ran"}
-    for word in ("source model", "perplexity", "from_pretrained", "mlflow ui --backend-store-uri"):
+    for word in ("source", "perplexity", "from_pretrained", "mlflow ui --backend-store-uri"):
         assert word in first.out
 
     final = Path(report(folder)["final"]["path"])

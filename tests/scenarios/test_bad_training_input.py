@@ -91,3 +91,13 @@ def test_a_training_that_diverges_is_one_sentence_and_what_was_done_before_stays
     (error,) = told(training("order=[prune,distill]", "stages.distill.learning_rate=1e30", "stages.distill.dtype=fp32"), 4)
     assert error.startswith("distill: the training diverged at update") and "lower learning_rate" in error
     assert [path.name.rpartition("-")[0] for path in (folder / "outputs" / "store").iterdir()] == ["structured_prune"]
+
+
+def test_every_problem_of_one_stage_is_told(training: Run) -> None:
+    errors = told(training("mode=plan", "~stages.distill.inputs.teacher", "+stages.distill.lora.rank=4", "stages.recover.num_samples=2"))
+    assert [error.partition(":")[0] for error in errors] == ["stages.distill.lora", "stages.distill.inputs.teacher"]
+
+
+def test_a_training_that_would_be_all_warmup_is_refused(training: Run) -> None:
+    (error,) = told(training("mode=plan", "stages.distill.num_samples=2"))
+    assert error.startswith("stages.distill.num_samples: 2 samples make 1 update, all of it warmup")

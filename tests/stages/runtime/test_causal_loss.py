@@ -14,7 +14,7 @@ from tests.stages.models import make_checkpoint
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_sum_and_its_gradient_are_those_of_transformers(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal_loss, "chunk_tokens", lambda vocab_size: 7)  # several chunks
+    monkeypatch.setattr(causal_loss, "loss_chunk_tokens", lambda vocab_size: 7)  # several chunks
     model = load_model(make_checkpoint(tmp_path / "model", dtype=torch.float32, num_hidden_layers=2, tie_word_embeddings=tied))
     long, short = list(range(3, 43)), list(range(50, 61))
     asked = [i % 3 > 0 for i in range(len(long))]
