@@ -2,7 +2,7 @@
 
 What a person finds in MLflow:
 
-    experiment <name>           pipeline `prune>gptq4>evaluate` (> under its sweep, if any)
+    experiment <name>           pipeline `prune>distill>gptq4` (> under its sweep, if any)
                                     1 prune, 2 quantize, 3 evaluate: a light run each, hit or ran, with its final metrics
     experiment <name>-stages    every execution of a stage once, however many pipelines share it: curves, planned and measured
 

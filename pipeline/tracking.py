@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.artifact import Manifest
+from pipeline.artifact import EvalReport, Manifest
 from pipeline.identity import digest, non_default
 from pipeline.plan import Plan, PlannedNode
 from pipeline.process import package_path
@@ -222,8 +222,9 @@ def _model_name(model: ModelSource) -> str:
 
 
 def short_name(plan: Plan) -> str:
-    """`prune>gptq4>evaluate`: what was done, in order, inserted conversions included."""
-    return ">".join(short_stage(node) for node in plan.nodes if not node.name.endswith("@source"))
+    """`prune>distill>gptq4`: what was done to the model, in order, inserted conversions included; measurements alone if nothing was."""
+    made = [node for node in plan.nodes if EvalReport not in node.types.values()]
+    return ">".join(map(short_stage, made or plan.nodes))
 
 
 def short_stage(node: PlannedNode) -> str:

@@ -110,7 +110,7 @@ def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tm
     assert spools(tracker.run_dir) == []
     client = MlflowClient(tracking_uri=tracker.uri)
     (pipeline,) = pipelines(client)
-    assert (pipeline.info.run_name, pipeline.info.status) == ("prune>rtn4g64>evaluate", "FINISHED")
+    assert (pipeline.info.run_name, pipeline.info.status) == ("prune>rtn4g64", "FINISHED")
     assert pipeline.data.metrics == pytest.approx(report.metrics)
 
     started = time.monotonic()
@@ -155,7 +155,7 @@ def test_four_runs_at_once_share_a_new_database(model: Path, tmp_path: Path) -> 
         _, errors = process.communicate(timeout=LONG)
         assert process.returncode == 0, errors.decode()
     names = [run.info.run_name for run in pipelines(MlflowClient(tracking_uri=uri))]
-    assert sorted(names) == [f"prune>rtn{num_bits}g64>evaluate" for num_bits in (2, 3, 4, 8)]
+    assert sorted(names) == [f"prune>rtn{num_bits}g64" for num_bits in (2, 3, 4, 8)]
 
 
 @pytest.mark.usefixtures("database")
@@ -178,7 +178,7 @@ def test_a_tracker_that_is_down_costs_a_sentence_and_only_a_run_for_the_same_pla
 
     run(plan, tmp_path, Unrecorded)  # the same recipe for the default database: two spools in one folder
     assert other._forgotten() == [tracker.run_dir]
-    assert [run.info.run_name for run in pipelines(replay(tmp_path, tracker.run_dir))] == ["prune>rtn4g64>evaluate"]
+    assert [run.info.run_name for run in pipelines(replay(tmp_path, tracker.run_dir))] == ["prune>rtn4g64"]
     (left,) = spools(tracker.run_dir)
     assert json.loads(left.read_text().splitlines()[0])["place"] == tracker.place
 
@@ -320,8 +320,8 @@ def test_a_sweep_is_the_parent_of_its_pipelines(model: Path, tmp_path: Path) -> 
     assert (parent.info.run_name, parent.info.status, parent.data.tags["llmpress.sweep"]) == ("sweep", "FINISHED", sweep)
     children = found(client, condition=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert [(child.info.run_name, child.info.status) for child in children] == [
-        ("prune>rtn3g64>evaluate", "FINISHED"),
-        ("prune>rtn4g64>evaluate", "KILLED"),
+        ("prune>rtn3g64", "FINISHED"),
+        ("prune>rtn4g64", "KILLED"),
     ]
 
 
@@ -356,7 +356,7 @@ def test_what_mlflow_would_refuse_is_put_into_its_form() -> None:
 
 
 def test_conversions_are_in_the_short_name(model: Path, tmp_path: Path) -> None:
-    assert short_name(plan_of(model, tmp_path, order=["quantize", "prune", "evaluate"])) == "rtn4g64>dequantize>prune>evaluate"
+    assert short_name(plan_of(model, tmp_path, order=["quantize", "prune", "evaluate"])) == "rtn4g64>dequantize>prune"
 
 
 def test_the_view_is_as_short_as_the_working_folder_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
