@@ -5,6 +5,7 @@ fill b int32 words).
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -48,22 +49,50 @@ class WeightFormat(Frozen):
 
 
 class ModuleGroup(Frozen):
-    """Modules alike in everything but their layer. `name` holds `{layer}` where `layers` is not empty."""
+    """Modules alike in everything but their layer and expert, one for each pair.
+
+    `name` holds `{layer}` where `layers` is not empty, and `{expert}` where `experts` is not. A router is a matrix too, but no Linear
+    layer: it picks each token's experts, and every quantizer leaves it dense.
+    """
 
     name: str
-    kind: Literal["embedding", "linear", "norm"]
+    kind: Literal["embedding", "linear", "router", "norm"]
     shape: tuple[int, ...]
     layers: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
     bias: bool = False
     format: WeightFormat = WeightFormat()
 
     @property
+    def pattern(self) -> str:
+        """`name` with a `*` for each number, to speak of all modules at once."""
+        return self.name.format(layer="*", expert="*")
+
+    @property
     def module_names(self) -> list[str]:
-        return [self.name.format(layer=layer) for layer in self.layers] or [self.name]
+        return [self.name.format(layer=layer, expert=expert) for layer in self.layers or (0,) for expert in self.experts or (0,)]
 
     @property
     def count(self) -> int:
-        return max(1, len(self.layers))
+        return max(1, len(self.layers)) * max(1, len(self.experts))
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all modules together, however they are stored."""
+        return self.count * (math.prod(self.shape) + self.bias * self.shape[0])
+
+    def split(self, chosen: Callable[[str], bool]) -> tuple[list["ModuleGroup"], list["ModuleGroup"]]:
+        """The modules whose names are `chosen`, and the others, in as few groups as hold them."""
+        rows: dict[tuple[bool, ...], list[int]] = {}  # which experts are chosen -> in which layers
+        for layer in self.layers or (0,):
+            flags = tuple(chosen(self.name.format(layer=layer, expert=expert)) for expert in self.experts or (0,))
+            rows.setdefault(flags, []).append(layer)
+        parts: dict[bool, list[ModuleGroup]] = {True: [], False: []}
+        for flags, layers in rows.items():
+            for wanted in set(flags):
+                experts = tuple(expert for expert, flag in zip(self.experts, flags, strict=False) if flag is wanted)
+                parts[wanted].append(self.model_copy(update={"layers": tuple(layers) if self.layers else (), "experts": experts}))
+        return parts[True], parts[False]
 
     def tensors(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Suffix -> (dtype, shape) of one module of the group."""

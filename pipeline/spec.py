@@ -16,12 +16,23 @@ from typing import Any
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES, TensorEntry
 from pipeline.layout import CacheMode, DType, Frozen, KVCacheSpec, ModuleGroup, WeightFormat
-from pipeline.model_config import ModelConfig, QuantizationConfig, parse
+from pipeline.model_config import CONFIGS, ModelConfig, QuantizationConfig, WithExperts, parse
 
 TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-ABSENT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # what transformers takes where the config is silent
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+EXPERT_NAMES = {  # of gate, up and down projection as they stand in files; transformers 5 stacks them in memory, and unstacks to save
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
 IGNORABLE = ("*rotary_emb.inv_freq",)  # left in files by old savers; recomputed by every reader
+
+
+class Experts(Frozen):
+    """What takes the place of the MLP in every decoder layer but `dense_layers`: several, of which a router picks some for each token."""
+
+    count: int
+    per_token: int
+    intermediate_size: int  # of each
+    dense_layers: tuple[int, ...] = ()  # have one MLP of the architecture's `intermediate_size`
 
 
 class Architecture(Frozen):
@@ -42,69 +53,88 @@ class Architecture(Frozen):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Architecture":
         """Read a Hugging Face `config.json`. ValueError names the field that is missing or makes no sense."""
         model_type = config.get("model_type")
-        if model_type not in SUPPORTED:
-            raise ValueError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), SUPPORTED)}")
-        given = parse(ModelConfig, config, "config.json: ")
+        if not isinstance(model_type, str) or model_type not in CONFIGS:
+            raise ValueError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), CONFIGS)}")
+        given = parse(CONFIGS[model_type], config, "config.json: ")
         dtype = (given.dtype or given.torch_dtype or "float32").removeprefix("torch.")
         if dtype not in TORCH_DTYPES:
             raise ValueError(f"config.json: dtype {dtype!r} is not supported; there are: {', '.join(TORCH_DTYPES)}")
-        heads = given.num_attention_heads
-        kv_heads = given.num_key_value_heads or ABSENT_KV_HEADS.get(given.model_type, heads)
-        if heads % kv_heads:
-            raise ValueError(f"config.json: {heads} query heads cannot share {kv_heads} KV heads evenly")
-        head_dim = given.head_dim or (128 if given.model_type == "qwen3" else given.hidden_size // heads)
-        if head_dim == 0:
-            raise ValueError(f"config.json: a hidden_size of {given.hidden_size} is not enough for {heads} query heads")
-        bias = bool(given.attention_bias) and given.model_type in ("llama", "qwen3")
+        bias = bool(given.attention_bias) and model_type in ("llama", "qwen3", "qwen3_moe")
         return cls(
-            model_type=given.model_type,
+            model_type=model_type,
             dtype=TORCH_DTYPES[dtype],
             vocab_size=given.vocab_size,
             hidden_size=given.hidden_size,
             intermediate_size=given.intermediate_size,
             num_layers=given.num_hidden_layers,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            max_position=given.max_position_embeddings or 2048,
+            num_heads=given.num_attention_heads,
+            num_kv_heads=given.kv_heads,
+            head_dim=given.head_width,
+            max_position=given.max_position_embeddings,
             tied=bool(given.tie_word_embeddings),
-            qkv_bias=bias or given.model_type == "qwen2",
+            qkv_bias=bias or model_type == "qwen2",
             o_bias=bias,
-            mlp_bias=bool(given.mlp_bias) and given.model_type == "llama",
-            qk_norm=given.model_type == "qwen3",
+            mlp_bias=bool(given.mlp_bias) and model_type == "llama",
+            qk_norm=model_type in ("qwen3", "qwen3_moe"),
+            experts=_experts(given),
         )
 
     def groups(self) -> Iterator[ModuleGroup]:
-        layers = tuple(range(self.num_layers))
+        """Every module that has tensors."""
+        hidden, layers = self.hidden_size, tuple(range(self.num_layers))
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-
-        def linear(name: str, shape: tuple[int, int], bias: bool) -> ModuleGroup:
-            return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="linear", shape=shape, layers=layers, bias=bias)
-
-        def norm(name: str, width: int) -> ModuleGroup:
-            return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="norm", shape=(width,), layers=layers)
-
-        yield ModuleGroup(name="model.embed_tokens", kind="embedding", shape=(self.vocab_size, self.hidden_size))
-        yield norm("input_layernorm", self.hidden_size)
-        yield linear("self_attn.q_proj", (q, self.hidden_size), self.qkv_bias)
-        yield linear("self_attn.k_proj", (kv, self.hidden_size), self.qkv_bias)
-        yield linear("self_attn.v_proj", (kv, self.hidden_size), self.qkv_bias)
-        yield linear("self_attn.o_proj", (self.hidden_size, q), self.o_bias)
+        yield ModuleGroup(name="model.embed_tokens", kind="embedding", shape=(self.vocab_size, hidden))
+        yield _norm("input_layernorm", hidden, layers)
+        yield _linear("self_attn.q_proj", (q, hidden), layers, self.qkv_bias)
+        yield _linear("self_attn.k_proj", (kv, hidden), layers, self.qkv_bias)
+        yield _linear("self_attn.v_proj", (kv, hidden), layers, self.qkv_bias)
+        yield _linear("self_attn.o_proj", (hidden, q), layers, self.o_bias)
         if self.qk_norm:
-            yield norm("self_attn.q_norm", self.head_dim)
-            yield norm("self_attn.k_norm", self.head_dim)
-        yield norm("post_attention_layernorm", self.hidden_size)
-        yield linear("mlp.gate_proj", (self.intermediate_size, self.hidden_size), self.mlp_bias)
-        yield linear("mlp.up_proj", (self.intermediate_size, self.hidden_size), self.mlp_bias)
-        yield linear("mlp.down_proj", (self.hidden_size, self.intermediate_size), self.mlp_bias)
-        yield ModuleGroup(name="model.norm", kind="norm", shape=(self.hidden_size,))
+            yield _norm("self_attn.q_norm", self.head_dim, layers)
+            yield _norm("self_attn.k_norm", self.head_dim, layers)
+        yield _norm("post_attention_layernorm", hidden, layers)
+        dense = self.experts.dense_layers if self.experts else layers
+        if dense:
+            yield _linear("mlp.gate_proj", (self.intermediate_size, hidden), dense, self.mlp_bias)
+            yield _linear("mlp.up_proj", (self.intermediate_size, hidden), dense, self.mlp_bias)
+            yield _linear("mlp.down_proj", (hidden, self.intermediate_size), dense, self.mlp_bias)
+        if self.experts:
+            yield from self._expert_groups(self.experts, tuple(layer for layer in layers if layer not in dense))
+        yield ModuleGroup(name="model.norm", kind="norm", shape=(hidden,))
         if not self.tied:
-            yield ModuleGroup(name="lm_head", kind="linear", shape=(self.vocab_size, self.hidden_size))
+            yield ModuleGroup(name="lm_head", kind="linear", shape=(self.vocab_size, hidden))
+
+    def _expert_groups(self, experts: Experts, layers: tuple[int, ...]) -> Iterator[ModuleGroup]:
+        block, gate, up, down = EXPERT_NAMES[self.model_type]
+        hidden, width, each = self.hidden_size, experts.intermediate_size, tuple(range(experts.count))
+        yield ModuleGroup(name=f"model.layers.{{layer}}.{block}.gate", kind="router", shape=(experts.count, hidden), layers=layers)
+        for name, shape in ((gate, (width, hidden)), (up, (width, hidden)), (down, (hidden, width))):
+            yield _linear(f"{block}.experts.{{expert}}.{name}", shape, layers).model_copy(update={"experts": each})
+
+
+def _experts(given: ModelConfig) -> Experts | None:
+    if not isinstance(given, WithExperts):
+        return None
+    return Experts(
+        count=given.num_local_experts,
+        per_token=given.experts_per_token,
+        intermediate_size=given.expert_width,
+        dense_layers=given.dense_layers,
+    )
+
+
+def _linear(name: str, shape: tuple[int, int], layers: tuple[int, ...], bias: bool = False) -> ModuleGroup:
+    return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="linear", shape=shape, layers=layers, bias=bias)
+
+
+def _norm(name: str, width: int, layers: tuple[int, ...]) -> ModuleGroup:
+    return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="norm", shape=(width,), layers=layers)
 
 
 class ModelSpec(Frozen):
@@ -159,25 +189,18 @@ class ModelSpec(Frozen):
 
         ValueError names each layer whose input width the group size does not divide, and a size that would.
         """
-        groups, misfits = [], []
+        groups: list[ModuleGroup] = []
+        misfits: list[str] = []
         for group in self.groups:
             if group.kind != "linear":
                 groups.append(group)
                 continue
-            left = tuple(n for n in group.module_names if not ignored(n, ignore))
-            if left and form.group_size and group.shape[1] % form.group_size:
-                misfits.append(group)
-            if len(left) == group.count:
-                groups.append(group.model_copy(update={"format": form}))
-            elif not left:
-                groups.append(group)
-            else:
-                chosen = tuple(i for i in group.layers if group.name.format(layer=i) in left)
-                rest = tuple(i for i in group.layers if i not in chosen)
-                groups.append(group.model_copy(update={"layers": chosen, "format": form}))
-                groups.append(group.model_copy(update={"layers": rest}))
+            chosen, rest = group.split(lambda name: not ignored(name, ignore))
+            if chosen and form.group_size and group.shape[1] % form.group_size:
+                misfits.append(f"{group.pattern} ({group.shape[1]})")
+            groups += [part.model_copy(update={"format": form}) for part in chosen] + rest
         if misfits:
-            named = ", ".join(f"{group.name.replace('{layer}', '*')} ({group.shape[1]})" for group in misfits)
+            named = ", ".join(misfits)
             common = math.gcd(*(group.shape[1] for group in self.linear_groups))
             fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if common % size == 0)
             raise ValueError(
@@ -187,10 +210,15 @@ class ModelSpec(Frozen):
 
     def dense(self) -> "ModelSpec":
         """The same model with every weight dense, its cache layout kept."""
-        return self.resized(self.architecture)
+        return ModelSpec.of(self.architecture).with_cache(self.kv_cache.mode)
 
     def resized(self, architecture: Architecture) -> "ModelSpec":
-        """The dense model of another architecture, its cache stored as this one's."""
+        """The dense model of another architecture, its cache stored as this one's.
+
+        ValueError for a mixture of experts: which experts, and which neurons of each, would go is not settled yet.
+        """
+        if self.architecture.experts:
+            raise ValueError(f"experts are not pruned yet, and {self.architecture.model_type} has them; take the stage out of the order")
         return ModelSpec.of(architecture).with_cache(self.kv_cache.mode)
 
     def with_cache(self, mode: CacheMode | None) -> "ModelSpec":
@@ -217,7 +245,13 @@ class ModelSpec(Frozen):
 
     @property
     def num_parameters(self) -> int:
-        return sum(group.count * (math.prod(group.shape) + group.bias * group.shape[0]) for group in self.groups)
+        return sum(group.num_parameters for group in self.groups)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that compute on one token: of a mixture of experts, of which each token visits a few, fewer than `num_parameters`."""
+        experts, routed = self.architecture.experts, sum(group.num_parameters for group in self.groups if group.experts)
+        return self.num_parameters - (routed - routed * experts.per_token // experts.count if experts else 0)
 
     @property
     def bits_per_weight(self) -> float:

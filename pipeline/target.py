@@ -1,12 +1,19 @@
-"""What a stage needs and what a machine has: `Memory`, itemised, and `Target`."""
+"""What a stage needs and what a machine has: `Memory`, itemised, and `Target`.
+
+    Target(name="pair", gpus=2, memory="80GiB", flops="312TFLOP/s", bandwidth="2039GB/s", price=10)
+
+`conf/target/` holds the machines that llmpress knows. Each file names every field, so that each can be overridden: `target.price=4`.
+"""
 
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.layout import Frozen
 
@@ -28,6 +35,36 @@ def parse_size(value: Any) -> Any:
         raise ValueError(f"'{value}' is not a size; write for example 80GiB") from None
 
 
+def parse_bandwidth(value: Any) -> Any:
+    """Bytes per second from `2039GB/s` or a plain number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(parse_size(value.strip().removesuffix("/s")))
+    except ValueError:
+        raise ValueError("write for example 2039GB/s") from None
+
+
+def parse_flops(value: Any) -> Any:
+    """FLOP/s from `312TFLOP/s`, `312 TFLOPS` or a plain number."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kMGTP]?)FLOP(?:S|s|/s)\s*", value)
+    try:
+        return float(match[1]) * 1000.0 ** " kMGTP".index(match[2] or " ") if match else float(value)
+    except ValueError:
+        raise ValueError("write for example 312TFLOP/s") from None
+
+
+def parse_day(value: str) -> str:
+    """The same, if it is a day such as `2026-11-21`."""
+    try:
+        date.fromisoformat(value)
+    except ValueError:
+        raise ValueError("write a day such as 2026-11-21") from None
+    return value
+
+
 def format_size(count: float) -> str:
     """`9.97 MB`: decimal units, three significant digits, as files are commonly listed."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
@@ -47,6 +84,9 @@ def format_seconds(seconds: float) -> str:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
+Bandwidth = Annotated[float, BeforeValidator(parse_bandwidth)]
+Flops = Annotated[float, BeforeValidator(parse_flops)]
+Day = Annotated[str, AfterValidator(parse_day)]
 
 
 class Memory(Frozen):
@@ -62,18 +102,68 @@ class Memory(Frozen):
 
 
 class Target(Frozen):
-    """The machine that must serve the result. `memory` and `gpus` are empty for a machine without an accelerator."""
+    """The machine that must serve the result. What is None is not known, and neither is what would follow from it.
+
+    `memory`, `flops`, `bandwidth` and `reserve` are those of one GPU, or of the processor where `gpus` is 0. `price` is a round
+    figure with the day it was written down and where it is from: give these two with a price of your own.
+    A target called `host` is this machine: its `ram` and `cores` are detected where they are not given.
+    """
 
     name: str
-    gpus: int = 0
-    memory: Size | None = None  # bytes of one GPU, as its driver reports them
-    ram: Size | None = None
+    gpus: int = Field(default=0, ge=0)
+    memory: Size | None = Field(default=None, gt=0)  # bytes, as the driver reports them
+    ram: Size | None = Field(default=None, gt=0)
+    cores: int | None = Field(default=None, ge=1)
+    unified: bool = False  # CPU and GPU share one memory: `memory` is the part of `ram` that the GPU may take
+    flops: Flops | None = Field(default=None, gt=0)  # FLOP/s in bf16, dense (data sheets like to print twice that, for sparse matrices)
+    bandwidth: Bandwidth | None = Field(default=None, gt=0)  # bytes per second between a processor and its memory
+    reserve: Size | None = Field(default=None, ge=0)  # bytes that the engine keeps from weights and cache; None: see `kept`
+    price: float | None = Field(default=None, ge=0)  # dollars per hour, all GPUs together
+    price_date: Day | None = None
+    price_source: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _detect_host(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or content.get("name") != "host":
+            return content
+        found = {"ram": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "cores": os.cpu_count()}
+        return {**content, **{field: value for field, value in found.items() if content.get(field) is None}}
+
+    @model_validator(mode="after")
+    def _memory_has_an_owner(self) -> "Target":
+        if self.memory and not self.gpus:
+            raise ValueError("memory is that of a GPU and there is none; write gpus: 1, or ram for a machine without one")
+        if self.unified and self.memory and self.ram and self.memory > self.ram:
+            raise ValueError("the GPU shares the RAM (unified) and has more memory than there is RAM; write a smaller memory")
+        return self
 
     @classmethod
     def host(cls) -> "Target":
         """This machine, as the operating system describes it."""
-        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls(name="host", ram=ram)
+        return cls(name="host")
+
+    @property
+    def devices(self) -> int:
+        """Over how many processors a served model is split: the GPUs, else the one host."""
+        return max(self.gpus, 1)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of memory of each of the `devices`."""
+        return self.memory if self.gpus else self.ram
+
+    @property
+    def kept(self) -> int:
+        """Bytes of each device that are for neither weights nor KV cache: `reserve`, else 2 GiB and a tenth of the memory.
+
+        The tenth is what vLLM leaves alone unless told otherwise (gpu_memory_utilization 0.9, in later versions 0.92), so that a model
+        which fits is one that it serves without flags; of a unified memory, the system has had its part already. The 2 GiB are for
+        the engine's context and graphs and for the activations of a prefill chunk.
+        """
+        if self.reserve is not None:
+            return self.reserve
+        return 2 * 2**30 + (0 if self.unified else (self.room or 0) // 10)
 
 
 def free_disk(folder: Path) -> int:

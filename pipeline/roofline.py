@@ -1,0 +1,143 @@
+"""How fast and how dear, by the roofline: what computes at `flops` and reads at `bandwidth` takes the longer of the two times.
+
+A decode step reads every weight and the whole KV cache once and computes little, so bandwidth binds it until a batch is so large
+that each byte read serves `ridge` FLOP (Williams et al., 2009, https://doi.org/10.1145/1498765.1498785). A prefill computes on
+thousands of tokens for each byte, so compute binds it. Example: 7 B parameters at 16 bits are 14 GB; at 2 TB/s a token takes 7 ms, at
+4 bits a quarter of that; an A100 (312 TFLOP/s, 2 TB/s) has its ridge at 156 FLOP/byte.
+
+    step = decode_seconds_per_token(spec, target, context=4096, batch=8)     # None: the target states no flops or no bandwidth
+    print(8 / step, "tokens/s at most")
+    cost = dollars(seconds(Work(flops=6 * tokens * spec.num_parameters), target), target)
+
+Times to serve are bounds that engines approach from above: they count neither kernel launches nor what GPUs tell each other. Packed
+weights are multiplied at the 16-bit rate, after unpacking. Times of stages take a stated `utilisation`.
+"""
+
+from typing import Literal
+
+from pipeline.layout import Frozen
+from pipeline.spec import ModelSpec
+from pipeline.target import Target
+
+UTILISATION = 0.4  # of the peak: Llama 3 405B trained at 0.38 to 0.43 (https://arxiv.org/abs/2407.21783, table 4)
+
+
+def nominal_bytes(parameters: float, bits: float) -> float:
+    """Bytes of that many weights without scales or anything else, as textbooks count."""
+    return parameters * bits / 8
+
+
+class Work(Frozen):
+    """What a stage computes (FLOP) and what it moves between a processor and its memory (bytes). Works that follow each other add."""
+
+    flops: float = 0
+    nbytes: float = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(flops=self.flops + other.flops, nbytes=self.nbytes + other.nbytes)
+
+
+def seconds(work: Work, target: Target, utilisation: float = UTILISATION, devices: int = 1) -> float | None:
+    """Time of that work on `devices` of the target's processors, each at that share of its peak. None where a peak is not known."""
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation: {utilisation} is not a share of the peak; write a number above 0 and up to 1")
+    times = []
+    for amount, rate in ((work.flops, target.flops), (work.nbytes, target.bandwidth)):
+        if amount and rate is None:
+            return None
+        if rate is not None:
+            times.append(amount / (rate * utilisation * devices))
+    return max(times, default=0.0)
+
+
+def dollars(duration: float | None, target: Target) -> float | None:
+    """What that many seconds cost: the whole target is paid for, used or not. None where time or price is not known."""
+    return None if duration is None or target.price is None else target.price * duration / 3600
+
+
+def ridge(target: Target) -> float | None:
+    """FLOP per byte read from which compute binds and not bandwidth. None where a peak is not known."""
+    return None if target.flops is None or target.bandwidth is None else target.flops / target.bandwidth
+
+
+def decode_work(spec: ModelSpec, context: int, batch: int) -> Work:
+    """One decode step: a token for each of `batch` sequences that are `context` tokens long.
+
+    Weights and cache are read once. Of an untied embedding only a row per token is read. Of a mixture of experts, each token
+    reads its active share; tokens choose independently, so that a large batch reads all.
+    """
+    cache = spec.kv_cache.bytes_per_token * context * batch
+    touched = 1 - (1 - _active(spec) / spec.num_parameters) ** batch
+    compute = 2 * _multiplied(spec) + _attention_flops(spec, context)
+    return Work(flops=batch * compute, nbytes=_weights_read(spec) * touched + cache)
+
+
+def decode_seconds_per_token(spec: ModelSpec, target: Target, context: int, batch: int) -> float | None:
+    """Seconds of one decode step, the least time between two tokens of a sequence; `batch` over it is tokens/s of all together.
+
+    Tensor parallelism splits weights, cache and work over the target's GPUs. None where the target states no peak.
+    """
+    if ridge(target) is None:
+        return None
+    return seconds(decode_work(spec, context, batch), target, utilisation=1, devices=target.devices)
+
+
+def decode_bound(spec: ModelSpec, target: Target, context: int, batch: int) -> Literal["bandwidth", "compute"] | None:
+    """Which side of the ridge a decode step is on."""
+    edge = ridge(target)
+    if edge is None:
+        return None
+    work = decode_work(spec, context, batch)
+    return "compute" if work.flops / work.nbytes >= edge else "bandwidth"
+
+
+def crossover_batch(spec: ModelSpec, target: Target, context: int) -> float | None:
+    """The batch from which compute binds a decode step of sequences that long, all experts being read by then.
+
+    None where a peak is not known, and where each sequence's own cache takes longer to read than to compute on: then no batch is enough.
+    """
+    if target.flops is None or target.bandwidth is None:
+        return None
+    computing = (2 * _multiplied(spec) + _attention_flops(spec, context)) / target.flops
+    reading = spec.kv_cache.bytes_per_token * context / target.bandwidth
+    return _weights_read(spec) / target.bandwidth / (computing - reading) if computing > reading else None
+
+
+def prefill_tokens_per_second(spec: ModelSpec, target: Target, context: int) -> float | None:
+    """At most, over one prompt of `context` tokens; its attention is causal and its last token alone meets the head.
+
+    None where the target states no peak.
+    """
+    if ridge(target) is None:
+        return None
+    body = _multiplied(spec) - _table_size(spec)
+    work = Work(flops=context * (2 * body + _attention_flops(spec, context) / 2), nbytes=_weights_read(spec))
+    duration = seconds(work, target, utilisation=1, devices=target.devices)
+    assert duration, "both peaks are known"
+    return context / duration
+
+
+def _active(spec: ModelSpec) -> int:
+    """Parameters that one token uses."""
+    return spec.num_parameters
+
+
+def _table_size(spec: ModelSpec) -> int:
+    return spec.architecture.vocab_size * spec.architecture.hidden_size
+
+
+def _multiplied(spec: ModelSpec) -> int:
+    """Weights that a token is multiplied with, at two FLOP each: not those of an embedding, unless it is tied and so the head too."""
+    return _active(spec) - (0 if spec.architecture.tied else _table_size(spec))
+
+
+def _weights_read(spec: ModelSpec) -> int:
+    """Bytes of all weights but an untied embedding."""
+    embeddings = tuple(group for group in spec.groups if group.kind == "embedding" and not spec.architecture.tied)
+    return spec.nbytes - spec.model_copy(update={"groups": embeddings}).nbytes
+
+
+def _attention_flops(spec: ModelSpec, context: int) -> float:
+    """Of one token against `context` earlier ones: a dot product and a weighted sum, for each layer and query head."""
+    a = spec.architecture
+    return 4.0 * a.num_layers * a.num_heads * a.head_dim * context
