@@ -212,6 +212,15 @@ def sha256_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a checkpoint's files say how it reads conversations."""
+    files = [folder / "chat_template.jinja", folder / "chat_template.json", *folder.glob("additional_chat_templates/*.jinja")]
+    if any(file.exists() for file in files):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.exists() and bool(read_json(config).get("chat_template"))
+
+
 def tokenizer_digest(folder: Path) -> str | None:
     """Digest of what decides token ids: model, normalizer, pre-tokenizer and added tokens; None without tokenizer.json.
 

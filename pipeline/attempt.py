@@ -41,7 +41,8 @@ class Attempt:
         self.resumes = before.resumes if before else 0
         self.folder = store.scratch(key).resolve()
         self._make_writable()
-        self._save()
+        if stage.resumes:
+            self._save()
 
     def resumed(self) -> None:
         """The stage has found its files and goes on."""

@@ -61,8 +61,9 @@ def collect(store: Store) -> Collected:
         for folder in removed:
             nbytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.stat().st_nlink == 1)
             shutil.rmtree(folder)
-        for folder in abandoned:
-            folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+        for record in (store.root / "scratch").glob("*.json"):  # of attempts whose files are published or gone
+            if SCRATCH.fullmatch(record.stem) and not record.with_suffix("").exists():
+                record.unlink()
     return Collected(removed, nbytes, len(artifacts) - len(unused))
 
 

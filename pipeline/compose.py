@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from pipeline.recipe import check_document
 from pipeline.stage import find_stage, stage_names
 
 YAML_FILE = re.compile(r"\.ya?ml$")
-OPEN = ("models.", "data.splits.", "model.architecture.")  # mappings that take entries of any name
+ADDED = {  # mappings that take entries of any name, and what to write for a new one
+    r"models\.(\w+)": r"+models.\1.path=/folder",
+    r"data\.splits\.(\w+)": r"+data.splits.\1=/file.jsonl",
+    r"model\.architecture\.(\w+)": r"+model.architecture.\1=...",
+    r"stages\.(\w+)\.inputs\.(\w+)": r"+stages.\1.inputs.\2=...",
+}
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 
 
@@ -41,11 +47,16 @@ def recipe_files() -> Iterator[Path]:
 
 
 def recipe_list() -> str:
-    """Every recipe with the first comment line of its file."""
-    rows = [(file.stem, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in recipe_files()]
+    """Every recipe with the first sentence of its file."""
+    rows = [(file.stem, _title(file)) for file in recipe_files()]
     width = max(len(name) for name, _ in rows)
     listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in rows)
     return f"Recipes (run recipe=<name>, or recipe=path/to/file.yaml):\n\n{listed}\n\n`run --help` shows what can be set."
+
+
+def _title(file: Path) -> str:
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return re.split(r"(?<=\.)\s", " ".join(line.lstrip("# ") for line in lines), maxsplit=1)[0]
 
 
 def register() -> None:
@@ -64,9 +75,12 @@ def register() -> None:
 
 
 def take_recipe_files(arguments: list[str]) -> list[str]:
-    """Register each file of `recipe=path.yaml[,other]` under a name of its own and put that name in its place."""
+    """Register each file of `recipe=path.yaml[,other]` under a name of its own and put that name in its place.
+
+    A sweep's `-m` may stand anywhere; it is put first, as Hydra takes it.
+    """
     taken = []
-    for argument in arguments:
+    for argument in sorted(arguments, key=lambda given: given not in ("-m", "--multirun")):
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") == "recipe" and any(YAML_FILE.search(part.strip("'\" ")) for part in value.split(",")):
             value = ",".join(_take(part.strip("'\" ")) for part in value.split(","))
@@ -85,19 +99,31 @@ def explain(error: Exception) -> RecipeError:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException):
         group, _, wanted = (error.missing_cfg_file or "").rpartition("/")
+        if group.startswith("recipe/"):
+            return RecipeError(f"recipe: there is no '{group.removeprefix('recipe/')}/{wanted}'; the name of a recipe's file ends in .yaml")
         return RecipeError(f"{group or 'config'}: there is no '{wanted}'{did_you_mean(wanted, error.options or [])}")
     if isinstance(error, OverrideParseException):
-        return RecipeError(f"{error.override}: this is not `key=value`; quote values that hold spaces, commas or brackets")
+        named = f"write recipe={error.override}" if error.override in [file.stem for file in recipe_files()] else ""
+        return RecipeError(f"{error.override}: this is not `key=value`; {named or 'quote values that hold spaces, commas or brackets'}")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        spot = str(cause.full_key)
-        known = [str(key) for key in cause.parent_node] if hasattr(cause.parent_node, "__iter__") else []
-        if spot.startswith(OPEN) or not known:
-            return RecipeError(f"{spot}: it is not there yet; to add an entry write +{spot}=...")
-        return RecipeError(f"{spot}: there is no such setting{did_you_mean(spot.rpartition('.')[2], known)}")
+        return RecipeError(f"{cause.full_key}: {_absent(str(cause.full_key), cause.parent_node)}")
     first = str(error).strip().splitlines()[0]
     if isinstance(error, ConfigCompositionException):
         return RecipeError(f"{first[0].lower()}{first[1:].rstrip('.')}; `run --help` shows what can be set")
     return RecipeError(f"{getattr(error, 'full_key', None) or 'recipe'}: {first}")
+
+
+def _absent(spot: str, parent: Any) -> str:
+    """Why `spot` cannot be set, `parent` being the node that does not hold it."""
+    for pattern, written in ADDED.items():
+        if found := re.fullmatch(pattern, spot):
+            return f"it is not there yet; to add it write {found.expand(written)}"
+    known = [str(key) for key in parent if key != "hydra"] if hasattr(parent, "__iter__") else []
+    if not known:
+        return f"it is not there yet; to add it write +{spot}=..."
+    if "." not in spot and spot in (parent.get("stages") or {}):
+        return f"a stage's settings stand under `stages`; write stages.{spot}..."
+    return f"there is no such setting{did_you_mean(spot.rpartition('.')[2], known)}"
 
 
 def _defaults(model: type[Frozen]) -> dict[str, Any]:

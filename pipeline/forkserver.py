@@ -24,7 +24,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pipeline.worker import end_with_parent, run_job, set_library_defaults
+from pipeline.parent import end_with_parent
+from pipeline.worker import run_job, set_library_defaults
 
 # Modules that almost every stage uses. Not bitsandbytes or llmcompressor: importing bitsandbytes initialises CUDA.
 PRELOAD = (

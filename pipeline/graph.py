@@ -97,7 +97,7 @@ class _Builder:
         ports = config.stage.inputs()
         for unknown in sorted(set(config.inputs) - set(ports)):
             if unknown in config.stage.unused():
-                told = "these parameters leave this input unused; remove it"
+                told = f"these parameters leave it unused; remove it (on the command line: ~stages.{name}.inputs.{unknown})"
             else:
                 told = f"{config.stage.name} has no such input{did_you_mean(unknown, ports)}"
             self.problems.append(f"stages.{name}.inputs.{unknown}: {told}")
@@ -164,7 +164,10 @@ class _Builder:
             return ref
         if self.types[ref] is QuantizedCheckpoint and port.takes(DenseCheckpoint):
             return self._convert(name, ref)
-        self.problems.append(f"stages.{name}.inputs.{port.name}: {ref} is a {self.types[ref].__name__}, {port} is needed")
+        instead = "name another output" if written else f"move {name} behind a stage that makes one, or leave it out"
+        self.problems.append(
+            f"stages.{name}.inputs.{port.name}: {port} is needed and {ref} is of type {self.types[ref].__name__}; {instead}"
+        )
         return None
 
     def _lookup(self, name: str, port: Port, written: str) -> Ref | None:
@@ -173,13 +176,23 @@ class _Builder:
             return SOURCE_MODEL
         earlier = [n.name for n in self.nodes if n.name.partition("@")[0] == node or n.name == node]
         outputs = [ref for ref in self.types if ref.node == (earlier[-1] if earlier else node)]
-        found = next((ref for ref in outputs if ref.port == wanted), None) if wanted else None
-        if found is None and not wanted and len(outputs) == 1:
-            found = outputs[0]
-        if found is None:
-            known = [str(ref) for ref in self.types]
-            self.problems.append(f"stages.{name}.inputs.{port.name}: there is no '{written}' before it{did_you_mean(written, known)}")
-        return found
+        if wanted:
+            found = [ref for ref in outputs if ref.port == wanted]
+        else:  # of several outputs, the one that fits
+            found = outputs if len(outputs) == 1 else [ref for ref in outputs if port.takes(self.types[ref])]
+        if len(found) == 1:
+            return found[0]
+        self.problems.append(f"stages.{name}.inputs.{port.name}: {self._unknown(name, node, wanted, written)}")
+        return None
+
+    def _unknown(self, name: str, node: str, wanted: str, written: str) -> str:
+        """Why `written` names no output before the stage `name`."""
+        known = [str(ref) for ref in self.types]
+        if wanted and node == "models":
+            return f"there is no model '{wanted}' under `models`; write +models.{wanted}.path=/folder"
+        if node in self.recipe.order and not any(ref.node == node for ref in self.types):
+            return f"{node} comes later in `order`; move it before {name}" if node != name else f"{name} cannot read what it makes itself"
+        return f"there is no '{written}' before it{did_you_mean(written, known)}"
 
     def _convert(self, name: str, ref: Ref) -> Ref | None:
         if self.recipe.convert == "never":

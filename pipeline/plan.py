@@ -9,10 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec, tokenizer_digest
+from pipeline.artifact import (
+    Artifact,
+    Checkpoint,
+    Dataset,
+    DatasetSpec,
+    DenseCheckpoint,
+    Manifest,
+    Spec,
+    has_chat_template,
+    tokenizer_digest,
+)
 from pipeline.errors import InputProblems, RecipeError
 from pipeline.graph import LATEST_PORTS, SOURCE_MODEL, Graph, Node, Ref, build
-from pipeline.identity import DigestMemo, backend_versions, digest, non_default, output_key, stage_key
+from pipeline.identity import DigestMemo, digest, non_default, output_key, stage_key
+from pipeline.misses import explain_miss
 from pipeline.recipe import Recipe
 from pipeline.source import check_disjoint, open_model, open_split
 from pipeline.spec import ModelSpec
@@ -126,23 +137,28 @@ class _Evaluation:
         self.recipe, self.store, self.problems = recipe, store, problems
         self.specs: dict[Ref, Spec] = {ref: artifact.spec for ref, artifact in sources.items()}
         self.tokenizers = {ref: _tokenizer(artifact) for ref, artifact in sources.items()}  # None: not known, or not text
+        self.chats = {ref: _reads_chats(artifact) for ref, artifact in sources.items()}  # None: not known, or no model
         self.keys = {ref: artifact.key for ref, artifact in sources.items()}
+        self.calibrated_by = ""  # the node whose static cache is in force; the source model's where there is none
         self.missed: set[str] = set()
         self.found: dict[str, Manifest] = {}  # of the nodes that are hits
 
     def node(self, node: Node, graph: Graph) -> PlannedNode | None:
-        required = {name for name, port in node.stage.inputs().items() if not port.optional}
-        if required - set(node.inputs) or any(ref not in self.specs for ref in node.inputs.values()):
+        config = self.recipe.stages.get(node.name.partition("@")[0])
+        wired = {name for name, port in node.stage.inputs().items() if not port.optional} | set(config.inputs if config else ())
+        if wired - set(node.inputs) or any(ref not in self.specs for ref in node.inputs.values()):
             return None  # an input has a problem, which has been noted
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in node.inputs.items()}
         self._check_tokenizers(node)
+        chats = self._conversations(node)
+        if chats:
+            self.problems += chats
+            return None
         try:
             inferred = node.stage.infer(**specs)
         except ValueError as error:
             for problem in error.problems if isinstance(error, InputProblems) else [str(error)]:
-                field = problem.partition(":")[0].partition(".")[0]
-                joint = "." if field in ("inputs", *type(node.stage.params).model_fields) else ": "
-                self.problems.append(f"stages.{node.name}{joint}{problem}")
+                self.problems.append(located(node, problem))
             return None
         ports = list(node.stage.outputs())
         expected = {ports[0]: inferred} if len(ports) == 1 else {port: getattr(inferred, port) for port in ports}
@@ -152,6 +168,7 @@ class _Evaluation:
         for port in ports:
             self.specs[Ref(node.name, port)] = expected[port]
             self.tokenizers[Ref(node.name, port)] = next(filter(None, map(self.tokenizers.get, node.inputs.values())), None)
+            self.chats[Ref(node.name, port)] = self.chats.get(self._model(node))
             self.keys[Ref(node.name, port)] = output_key(key, port, len(ports)) if key else ""
         status, reason = self._status(node, key, input_keys)
         if status == "miss":
@@ -171,6 +188,22 @@ class _Evaluation:
             notes=(*inserted, *node.stage.explain(**specs)),
         )
 
+    @staticmethod
+    def _model(node: Node) -> Ref:
+        """What the node works on; of a stage that works on no model, a reference to nothing."""
+        return next((node.inputs[port] for port in LATEST_PORTS if port in node.inputs), Ref("", ""))
+
+    def _conversations(self, node: Node) -> list[str]:
+        """Why the stage, or its model, cannot read the conversations that it is given."""
+        told = f"{node.stage.name} reads plain text; name a split of format text"
+        if node.stage.reads_conversations:
+            if all(self.chats.get(ref) is not False for ref in node.inputs.values()):
+                return []
+            told = "the model has no chat template; put its chat_template.jinja beside its tokenizer, or name a split of format text"
+        specs = {port: self.specs[ref] for port, ref in node.inputs.items()}
+        given = [port for port, spec in specs.items() if isinstance(spec, DatasetSpec) and spec.format == "messages"]
+        return [f"stages.{node.name}.inputs.{port}: {node.inputs[port]} holds conversations and {told}" for port in given]
+
     def _check_tokenizers(self, node: Node) -> None:
         """Models that one stage reads together must read the same tokens."""
         known = {port: found for port, ref in node.inputs.items() if (found := self.tokenizers.get(ref))}
@@ -184,12 +217,16 @@ class _Evaluation:
 
     def _check_scales(self, node: Node, expected: Mapping[str, Spec]) -> None:
         """Scales of a static cache are those of the weights they were calibrated with."""
-        model = next((self.specs[node.inputs[port]] for port in LATEST_PORTS if port in node.inputs), None)
-        calibrated = isinstance(model, ModelSpec) and model.kv_cache.mode == "static"
-        if calibrated and not node.stage.keeps_weights and any(isinstance(spec, ModelSpec) for spec in expected.values()):
+        model = self.specs.get(self._model(node))
+        made = [spec for spec in expected.values() if isinstance(spec, ModelSpec)]
+        if not (isinstance(model, ModelSpec) and model.kv_cache.mode == "static"):
+            self.calibrated_by = node.name if any(spec.kv_cache.mode == "static" for spec in made) else self.calibrated_by
+        elif made and not node.stage.keeps_weights:
+            by = self.calibrated_by
+            instead = f"move {by} after {node.name}, or write" if by else f"put a kv_cache stage before {node.name}, with"
             self.problems.append(
-                f"order: {node.name} changes the weights that the static KV cache before it was calibrated with; "
-                f"move kv_cache after {node.name}, or write mode: per_token_head"
+                f"order: {node.name} changes the weights that the static KV cache of {by or 'the source model'} was calibrated with; "
+                f"{instead} mode: per_token_head"
             )
 
     def _status(self, node: Node, key: str, input_keys: Mapping[str, str]) -> tuple[Status, str]:
@@ -206,35 +243,19 @@ class _Evaluation:
         return "miss", f"follows {rebuilt[0]}" if rebuilt else explain_miss(self.store, node.stage, input_keys)
 
 
+def located(node: Node, problem: str) -> str:
+    """A stage's own sentence, `rank: too large`, with the place in the recipe before it."""
+    field = problem.partition(":")[0].partition(".")[0]
+    if field in type(node.stage.params).model_fields or field == "inputs":
+        return f"stages.{node.name}.{problem}"
+    return f"stages.{node.name}.inputs.{problem}" if field in node.stage.inputs() else f"stages.{node.name}: {problem}"
+
+
 def _tokenizer(artifact: Artifact) -> str | None:
     """Of a checkpoint whose files are here."""
     return tokenizer_digest(artifact.path) if isinstance(artifact, Checkpoint) and artifact.path != Path() else None
 
 
-def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
-    """What is new against the most similar execution in the store, down to the field."""
-    params, backend = stage.params.model_dump(mode="json"), backend_versions(stage.libraries)
-    best: list[str] | None = None
-    for _, manifest in store.all(stage.name):
-        changes = _changes(manifest, stage, params, inputs, backend)
-        if best is None or len(changes) < len(best):
-            best = changes
-    if best is None:
-        return "never run"
-    return ", ".join(best[:3]) + (f" and {len(best) - 3} more" if len(best) > 3 else "") if best else "its files are damaged"
-
-
-def _changes(
-    manifest: Manifest, stage: Stage, params: Mapping[str, Any], inputs: Mapping[str, str], backend: Mapping[str, str]
-) -> list[str]:
-    changes = [f"input {port}: another one" for port in sorted(inputs) if inputs[port] != manifest.inputs.get(port)]
-    pairs = [("params.", params, manifest.params), ("", backend, manifest.backend)]
-    for prefix, new, old in pairs:
-        changes += [
-            f"{prefix}{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
-            for name in sorted(set(new) | set(old))
-            if new.get(name) != old.get(name)
-        ]
-    if stage.version != manifest.version:
-        changes.append(f"version: {manifest.version} -> {stage.version}")
-    return changes
+def _reads_chats(artifact: Artifact) -> bool | None:
+    """Of a checkpoint whose files are here."""
+    return has_chat_template(artifact.path) if isinstance(artifact, Checkpoint) and artifact.path != Path() else None

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import AdapterSpec, Artifact, Checkpoint, LogitsSpec
+from pipeline.artifact import AdapterSpec, Artifact, Checkpoint, LogitsSpec, Spec
 from pipeline.plan import Plan, PlannedNode
 from pipeline.spec import ModelSpec
 from pipeline.target import format_size
@@ -40,12 +40,18 @@ def _node_json(node: PlannedNode) -> dict[str, Any]:
         "notes": list(node.notes),
         "params": node.stage.params.model_dump(mode="json"),
         "inputs": {port: str(ref) for port, ref in node.inputs.items()},
-        "outputs": {
-            port: {"type": kind.__name__, **(_model_facts(spec) if isinstance(spec := node.expected[port], ModelSpec) else {})}
-            for port, kind in node.types.items()
-        },
+        "outputs": {port: {"type": kind.__name__, **_facts(node.expected[port])} for port, kind in node.types.items()},
         "memory": node.memory.model_dump(),
     }
+
+
+def _facts(spec: Spec) -> dict[str, Any]:
+    """What is known of an output before it is made."""
+    if isinstance(spec, ModelSpec):
+        return _model_facts(spec)
+    if isinstance(spec, AdapterSpec):
+        return {"bytes": spec.nbytes, "parameters": spec.num_parameters, "rank": spec.rank}
+    return {"bytes": spec.nbytes, **spec.model_dump(exclude={"nbytes", "data"})} if isinstance(spec, LogitsSpec) else {}
 
 
 def _model_facts(spec: ModelSpec) -> dict[str, Any]:

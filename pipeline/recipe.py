@@ -203,7 +203,11 @@ def _read_models(content: Any, problems: list[str]) -> dict[str, ModelSource]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) and NODE_NAME.fullmatch(name) for name in content):
         problems.append("models: a mapping of names to models is needed, for example models={teacher: {path: /folder}}")
         return {}
-    read = {name: _validated(ModelSource, source, f"models.{name}", problems) for name, source in content.items()}
+    bare = [name for name, source in content.items() if isinstance(source, str)]
+    problems += [
+        f"models.{name}: is it a folder or a hub id? write models.{name}.path={content[name]} or models.{name}.id=..." for name in bare
+    ]
+    read = {name: _validated(ModelSource, source, f"models.{name}", problems) for name, source in content.items() if name not in bare}
     return {name: source for name, source in read.items() if source is not None}
 
 
@@ -244,6 +248,9 @@ def _validated(kind: type[Model], content: Any, where: str, problems: list[str])
             message = row["msg"].removeprefix("Value error, ")
             if row["type"] == "extra_forbidden":
                 message = f"there is no such parameter{did_you_mean(str(row['loc'][-1]), kind.model_fields)}"
+                message += "" if message.endswith("?") else f"; remove it (on the command line: ~{spot})"
+            elif row["type"] == "model_type":
+                message = f"{row['input']!r} does not fit; a mapping of names to values is needed"
             elif row["type"] == "missing":
                 message = "a value is needed"
             elif row["loc"] and row["loc"][-1] != "uri":  # whose value may hold a password

@@ -37,6 +37,7 @@ class StageReport(Frozen):
     reference: str | None  # the node that measured the source model the same way
     seconds: float | None  # of the execution that computed it, which may have been an earlier run
     path: str | None
+    outputs: dict[str, str]  # folder of each output, by port
     bytes: int | None  # tensor data of a checkpoint, files of anything else
     bits_per_weight: float | None
     kv_bytes_per_token: int | None  # of a checkpoint
@@ -58,6 +59,11 @@ class FinalModel(Frozen):
     num_bits: int | None  # of its linear weights; None when dense
     group_size: int | None
     kv_cache: CacheMode | None  # how its cache is stored in INT8; None when 16-bit
+
+    @property
+    def is_source(self) -> bool:
+        """The recipe makes no model: it measures one, or makes an adapter."""
+        return self.output == str(SOURCE_MODEL)
 
 
 class Report(Frozen):
@@ -229,6 +235,7 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
         reference=_reference_node(plan, node),
         seconds=round(manifest.seconds, 3) if manifest else None,
         path=str(record.path) if record.path else None,
+        outputs={port: str(record.path / port if len(kinds) > 1 else record.path) for port in node.types} if record.path else {},
         bytes=artifact_bytes(manifest) if manifest else None,
         bits_per_weight=round(manifest.spec.bits_per_weight, 4) if manifest and manifest.spec else None,
         kv_bytes_per_token=manifest.spec.kv_cache.bytes_per_token if manifest and manifest.spec else None,

@@ -3,8 +3,8 @@
 One row for each checkpoint, the source model first, with its size and, where a stage measured it, its quality: the waterfall of a
 pipeline. `change` is that of perplexity against the measured model before it, `vs source` and KL are against the source. Times of
 measurements are summed into the row `evaluation`; one that failed or was not reached has a row of its own. Columns that would
-say nothing (`change` with one measured model, `KV/tok` where the cache stays as it was) are left out, so that it fits 80 columns.
-No colour is needed: it reads the same in a pipe and in a log.
+say nothing (`change` with one measured model, `KV/tok` where the cache stays as it was, empty ones) are left out, so that it fits 80
+columns. No colour is needed: it reads the same in a pipe and in a log.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def table_of(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
     idle = {"change"} if measured <= 2 else set()
     if len({row["KV/tok"] for row in rows if row.get("KV/tok")}) <= 1:
         idle.add("KV/tok")
-    columns = [name for name in COLUMNS if name not in idle]
+    columns = [name for name in COLUMNS if name not in idle and any(row.get(name) for row in rows)]
     return columns, [tuple(row.get(name, "") for name in columns) for row in rows]
 
 
@@ -95,9 +95,14 @@ def _quality(stage: StageReport | None, before: StageReport | None = None) -> Ro
 def summary(report: Report) -> str:
     """The whole result in one sentence; empty unless the run is complete."""
     metrics = report.metrics
-    if report.verdict != "complete":
+    if report.final is None:
         return ""
-    sizes = f"{format_size(report.source['nbytes'])} -> {format_size(metrics['nbytes'])}, {metrics['compression_ratio']:.2f}x smaller"
+    if report.final.is_source:
+        measured = f", perplexity {metrics['perplexity']:.4g}" if "perplexity" in metrics else ""
+        return f"the model stays as it is: {format_size(metrics['nbytes'])}{measured}"
+    before, after = report.source["nbytes"], metrics["nbytes"]
+    change = "the same size" if before == after else f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+    sizes = f"{format_size(before)} -> {format_size(after)}, {change}"
     if "perplexity_change_pct" in metrics:
         change = f"{metrics['perplexity_change_pct']:+.1f} %"
         sizes += f"; perplexity {metrics['reference_perplexity']:.4g} -> {metrics['perplexity']:.4g} ({change})"
@@ -115,9 +120,11 @@ def closing_lines(report: Report, mlflow: str) -> list[str]:
             notes.setdefault(note, stage.name)
     lines += [f"note     {name}: {note}" for note, name in notes.items()]
     lines += [f"warning  {text}" for text in report.warnings]
-    if report.final:
+    adapters = [f"adapter  {_shown(stage.outputs['adapter'])}" for stage in report.stages if "adapter" in stage.outputs]
+    lines += ["", *adapters] if adapters or report.final else []
+    if report.final and not report.final.is_source:
         where = _shown(report.final.path)
-        lines += ["", f"model    {where}"]
+        lines.append(f"model    {where}")
         lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
         vllm = next((line for line in report.serving if line.engine == "vllm"), None)
         lines += [f"serve    {vllm.command.format(model=where)}{f'   ({vllm.note})' if vllm.note else ''}"] if vllm else []

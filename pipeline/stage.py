@@ -68,8 +68,7 @@ class Port:
 class Context:
     """What a running stage may touch.
 
-    `output` is its folder: empty or, for a stage that `resumes`, as an interrupted attempt left it that had the same key, code and
-    execution settings.
+    `output` is its folder: empty or, for a stage that `resumes`, as an interrupted attempt of the same key and code left it.
     """
 
     output: Path
@@ -99,6 +98,7 @@ class Stage(ABC):
     version: ClassVar[int]
     resumes: ClassVar[bool] = False  # continues from what an interrupted attempt left in `ctx.output`; else that is cleared first
     keeps_weights: ClassVar[bool] = False  # the model computes what it did, so that what was calibrated for it stays valid
+    reads_conversations: ClassVar[bool] = False  # its datasets may be of format messages; to any other stage the plan refuses these
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the numbers, so is part of the key
 
     class Params(Frozen):

@@ -9,7 +9,6 @@ The folder is the whole protocol, so it does not matter who started the process:
 <folder>`, or the interpreter of an isolated backend. Needs only pydantic until the stage imports what it uses.
 """
 
-import ctypes
 import errno
 import faulthandler
 import importlib.metadata
@@ -17,7 +16,6 @@ import json
 import os
 import platform
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -29,15 +27,16 @@ from pydantic import TypeAdapter
 
 from pipeline.artifact import TYPES, Artifact, Checkpoint, Spec
 from pipeline.layout import Frozen
+from pipeline.parent import end_with_parent
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of the same label
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBRARY_DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: spinning ones make two runs on the same cores ten times as slow
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # cuda.is_available() then asks the driver without initialising CUDA
     "THP_MEM_ALLOC_ENABLE": "1",  # torch takes large tensors from huge pages and returns them: peaks are lower
+    "HF_HUB_OFFLINE": "1",  # a stage reads what the plan names; bitsandbytes would fetch native code wherever `kernels` is installed
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow (through pandas) would start a thread, after which forking is unsafe
 }
 LIBRARIES = ("llmpress", "torch", "transformers", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor", "numpy", "pydantic")
@@ -248,15 +247,6 @@ def environment() -> dict[str, str]:
     if torch is not None and torch.cuda.is_initialized():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def end_with_parent(parent: int) -> None:
-    """Linux: the kernel kills this process as soon as `parent` dies, even while native code holds the GIL."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
 
 
 def set_library_defaults() -> None:

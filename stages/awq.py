@@ -10,7 +10,14 @@ from pipeline.headers import ITEM_BYTES
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
-from stages.runtime.scheme import CalibratedQuantization, batch_memory, calibration_memory
+from stages.runtime.scheme import (
+    CalibratedQuantization,
+    CalibrationExecution,
+    batch_memory,
+    calibration_memory,
+    layer_bytes,
+    probe_memory,
+)
 from stages.runtime.smoothing import has_grouped_queries, smoothings
 
 SEARCH_BYTES = 28  # working memory for each weight of the matrix being tried, measured: it is scaled, rounded and unscaled in float64
@@ -25,7 +32,8 @@ class AWQ(Stage):
     with which rounding changes their output least. `duo_scaling: false` is the paper's s = x^r. The paper's second search, for
     clipping thresholds, is not in llm-compressor and is left out.
 
-    Runs llm-compressor's sequential pipeline; every layer is calibrated on the unquantized model's hidden states. The division
+    Runs llm-compressor's sequential pipeline; every layer is calibrated on the unquantized model's hidden states. The layer in turn
+    is moved to the GPU, where there is one; the others wait in RAM or, with `offload: disk`, in their files. The division
     is folded into norms and preceding layers (stages/runtime/smoothing.py), whose tensors therefore differ from the source's.
 
     Asymmetric by default, unlike gptq and rtn: the authors' code and AutoAWQ (`zero_point: true`) round that way.
@@ -39,8 +47,8 @@ class AWQ(Stage):
         n_grid: int = Field(default=20, ge=3)  # values of r tried for each module, no scaling at all among them
         duo_scaling: bool = True
 
-    class Execution(Stage.Execution):
-        batch_size: int = Field(default=8, ge=1)  # calibration windows in one forward
+    class Execution(CalibrationExecution):
+        pass
 
     params: Params
     execution: Execution
@@ -53,21 +61,21 @@ class AWQ(Stage):
         packed, item, tokens = self.params.apply(model), ITEM_BYTES[model.dtype], self.params.tokens
         shapes = {name: group.shape for group in packed.linear_groups for name in group.module_names}
         inputs: Counter[str] = Counter()  # decoder layer -> columns of what its searched modules read
-        working = 0
+        working, changed = 0, set[str]()
         for pair in smoothings(packed):
             weights = [math.prod(shapes[name]) for name in pair.balance]
             working = max(working, item * sum(weights) + SEARCH_BYTES * max(weights))
             inputs[pair.searched.split(".")[2]] += shapes[pair.balance[0]][1]
+            changed |= {pair.smooth, *pair.balance}
         search = {
             "outputs of one module, dense and rounded": 2 * tokens * model.architecture.hidden_size * item,
             "working copies of one module's weights": working,
             "activations of one batch": batch_memory(self.params, model, self.execution.batch_size),
         }
-        held = calibration_memory(self.params, model, packed)
+        held = calibration_memory(self.params, self.execution, model, packed, changed)
         ram = held.ram | {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
         if target.gpus:
-            layer_bytes = sum(item * math.prod(group.shape) for group in packed.linear_groups if group.layers)
-            return held.model_copy(update={"ram": ram, "vram": {"one layer": layer_bytes, **search}})
+            return held.model_copy(update={"ram": ram | probe_memory(model), "vram": {"one layer": layer_bytes(model), **search}})
         return held.model_copy(update={"ram": ram | search})
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
@@ -98,4 +106,4 @@ class AWQ(Stage):
         scheme, ignore = scheme_of(params.format), list(params.ignored_names(source))
         round_to_nearest = QuantizationModifier(config_groups={"group_0": scheme}, ignore=ignore)
         searched = {pair.searched: params.n_grid + 1 for pair in pairs}  # once dense, then for every r
-        return quantize_calibrated(ctx, model, calibration, params, self.execution.batch_size, [scale, round_to_nearest], searched=searched)
+        return quantize_calibrated(ctx, model, calibration, params, self.execution, [scale, round_to_nearest], searched=searched)

@@ -11,8 +11,9 @@ from pipeline.errors import InputProblems
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
+from stages.runtime.launch import ALONE, launch, read_config
 from stages.runtime.lora_settings import adapter_spec, check_rank, nf4_bytes
-from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, activation_memory, loss_bytes
+from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, activation_memory
 
 STATE_BYTES = 16  # of a trained weight: itself, its gradient and AdamW's two moments, each fp32 ...
 CHECKPOINT_BYTES = 12  # ... all of which but the gradient are saved
@@ -27,7 +28,10 @@ class Distill(Stage):
     that were not kept count as one outcome. `method: full` trains every weight in float32; `lora` trains adapters beside the
     student frozen in NF4 and merges them into its original weights. Logits exist for a chunk of tokens at a time.
 
-    Metrics: `train_loss` (last tenth) and `first_train_loss`, `train_seconds`, `tokens_per_second`. Runs in one process, on one device.
+    Metrics: `train_loss` (mean over the last tenth of the curve) and `first_train_loss` (first update), of the loss above;
+    `train_seconds` and `tokens_per_second`, over all attempts of an interrupted run. Trains on one device; with
+    `execution.accelerate_config`, `method: full` trains on several, each with a copy of the student or, by FSDP, a part of it, and
+    with a teacher of its own: of a teacher too large for that, store the logits.
     """
 
     name, version = "distill", 1
@@ -47,7 +51,7 @@ class Distill(Stage):
             return self.lora or LoRAParams()
 
     class Execution(TrainingExecution):
-        pass
+        accelerate_config: str | None = None  # file that `accelerate config` writes, for several GPUs; the micro batch is each one's
 
     params: Params
     execution: Execution
@@ -56,7 +60,7 @@ class Distill(Stage):
         return frozenset() if self.params.alpha else frozenset({"teacher"})
 
     def infer(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> ModelSpec:
-        problems = without_effect(self.params, teacher)
+        problems = without_effect(self.params, teacher) + process_problems(self.params, self.execution.accelerate_config)
         if train.format != "text":
             problems.append(f"inputs.train: {train.split} holds conversations, distill learns from text; give a split of plain text")
         if self.params.alpha and teacher is None:
@@ -69,29 +73,38 @@ class Distill(Stage):
             raise InputProblems(problems)
         self.params.check_data(train, student)
         if self.params.method == "lora":
-            check_rank(student, self.params.adapter.rank)
+            try:
+                check_rank(student, self.params.adapter.rank)
+            except ValueError as error:
+                raise ValueError(f"lora.{error}") from None
         return student
 
     def memory(self, student: ModelSpec, train: DatasetSpec, target: Target, teacher: ModelSpec | LogitsSpec | None = None) -> Memory:
         p, shape, adapts = self.params, student.architecture, self.params.method == "lora"
         trained = adapter_spec(student, p.adapter.rank).num_parameters if adapts else student.num_parameters
-        held = {
-            "student, frozen in NF4": nf4_bytes(student, double_quant=True) if adapts else 0,
-            "trained weights, their gradients and AdamW's moments": STATE_BYTES * trained,
-            "copy of the weights in bf16": 0 if adapts or p.dtype == "fp32" else 2 * student.num_parameters,
+        on_gpu = bool(target.gpus) and self.execution.device != "cpu"
+        processes = read_config(self.execution.accelerate_config) if self.execution.accelerate_config else ALONE
+        held = {  # by each process
+            "student, frozen in NF4": nf4_bytes(student, double_quant=True, item=p.item) if adapts else 0,
+            "trained weights, their gradients and AdamW's moments": STATE_BYTES * trained // processes.shards,
+            "copy of the weights in bf16": 0 if adapts or p.dtype == "fp32" or processes.sharded else 2 * student.num_parameters,
+            "weights gathered for their layer": gathered_bytes(student) if processes.sharded else 0,
             "gradient of the output embedding": 0 if adapts else (4 + 2) * shape.vocab_size * shape.hidden_size,  # and a chunk's part of it
-            **activation_memory(p, self.execution, student),
-            "logits of a chunk of tokens": loss_bytes(student),
+            **activation_memory(p, self.execution, student, on_gpu, p.adapter if adapts else None),
         }
         if isinstance(teacher, ModelSpec):
-            held["teacher"] = nf4_bytes(teacher, double_quant=True) if p.teacher_precision == "nf4" else 2 * teacher.num_parameters
-            held["teacher, packed, while loading"] = 0 if teacher.is_dense else teacher.nbytes
+            in_bf16 = 2 * teacher.num_parameters
+            held["teacher"] = nf4_bytes(teacher, double_quant=True) if p.teacher_precision == "nf4" else in_bf16
+            if p.teacher_precision == "bf16":
+                held["teacher as it is stored, while loading"] = teacher.nbytes - in_bf16 if teacher.is_dense else teacher.nbytes
         held = {name: count for name, count in held.items() if count}
         data = {"the dataset's text and token ids": 10 * train.nbytes}
         disk = {"checkpoint": student.nbytes, "state of the training, twice while it is replaced": 2 * CHECKPOINT_BYTES * trained}
-        if target.gpus and self.execution.device != "cpu":
+        if on_gpu:
+            if processes.sharded:
+                data["student in each process, until it is split"] = 4 * student.num_parameters * processes.count
             return Memory(vram=held, ram=data, disk=disk)
-        return Memory(ram=held | data, disk=disk)
+        return Memory(ram={name: count * processes.count for name, count in (held | data).items()}, disk=disk)
 
     def explain(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> list[str]:
         p = self.params
@@ -110,17 +123,24 @@ class Distill(Stage):
     def run(
         self, ctx: Context, student: DenseCheckpoint, train: Dataset, teacher: Checkpoint | TeacherLogits | None = None
     ) -> DenseCheckpoint:
-        from stages.runtime.distillation import DistillationLoss, full_trainee, load_teacher, lora_trainee, stack, window_samples
+        if self.execution.accelerate_config:
+            inputs = {"student": student, "train": train, "teacher": teacher}
+            metrics = launch(ctx, self, self.execution.accelerate_config, inputs, ctx.output / "processes")
+            return DenseCheckpoint(ctx.output, student.model_spec, metrics=metrics)
+        from stages.runtime.distillation import DistillationLoss, full_trainee, load_teacher, lora_trainee, numbered, stack
         from stages.runtime.loading import resolve_device
         from stages.runtime.lora import DTYPES
+        from stages.runtime.processes import process_index
+        from stages.runtime.samples import window_samples
         from stages.runtime.text import calibration_windows, load_tokenizer
         from stages.runtime.training import train as fit
 
         p, work, device = self.params, ctx.output / "training", resolve_device(self.execution.device)
         guide, windows = load_teacher(teacher, student, p.teacher_precision, device) if teacher else (None, None)
+        tokenizer = load_tokenizer(student.path)
         if windows is None:
-            windows = calibration_windows(train, load_tokenizer(student.path), p.num_samples, p.max_length)
-        samples = window_samples(windows, student.model_spec.architecture.vocab_size)
+            windows = calibration_windows(train, tokenizer, p.num_samples, p.max_length)
+        samples = numbered(window_samples(windows, tokenizer, student.model_spec.architecture.vocab_size))
         progress = partial(ctx.progress, "writing")
         if p.method == "full":
             trainee = full_trainee(student, device, progress)
@@ -132,8 +152,34 @@ class Distill(Stage):
         metrics = fit(ctx, module, samples, stack, p, self.execution, work)
         ctx.note(f"training loss: {metrics['first_train_loss']:.3f} at the start, {metrics['train_loss']:.3f} at the end")
         trainee.write(ctx.output)
-        shutil.rmtree(work, ignore_errors=True)
+        if process_index() == 0 and work.exists():
+            shutil.rmtree(work)
         return DenseCheckpoint(ctx.output, student.model_spec, metrics=metrics)
+
+
+def process_problems(p: Distill.Params, accelerate_config: str | None) -> list[str]:
+    """Why several processes cannot train this together."""
+    if accelerate_config is None:
+        return []
+    if p.method == "lora":
+        return ["execution.accelerate_config: adapters are trained on one device; leave it out or write method: full"]
+    try:
+        count = read_config(accelerate_config).count
+    except ValueError as error:
+        return [str(error)]
+    samples = p.num_samples * p.epochs
+    if p.global_batch_size % count or samples % count:
+        return [
+            f"execution.accelerate_config: {count} processes cannot share {samples:,} samples, {p.global_batch_size} in an update, "
+            f"equally; write a global_batch_size and num_samples that {count} divides, or fewer processes"
+        ]
+    return []
+
+
+def gathered_bytes(model: ModelSpec) -> int:
+    """Of sharded weights, what every process has whole at once: embeddings, and two layers with one's gradients; at most float32."""
+    embeddings = 2 * model.architecture.vocab_size * model.architecture.hidden_size
+    return 4 * (embeddings + 3 * model.num_parameters // model.architecture.num_layers)
 
 
 def without_effect(p: Distill.Params, teacher: ModelSpec | LogitsSpec | None) -> list[str]:

@@ -8,7 +8,7 @@ from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint, QuantizedCh
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
-from stages.runtime.scheme import CalibratedQuantization, batch_memory, calibration_memory
+from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, batch_memory, calibration_memory, probe_memory
 
 
 class GPTQ(Stage):
@@ -16,7 +16,8 @@ class GPTQ(Stage):
     layer's inputs (Frantar et al., 2022, https://arxiv.org/abs/2210.17323).
 
     Runs llm-compressor's sequential pipeline: decoder layer by decoder layer, each calibrated on the outputs of the layers
-    already quantized. `actorder: static` visits columns by falling Hessian diagonal and keeps groups where they are, so
+    already quantized. It moves the layer in turn to the GPU, where there is one; the others wait in RAM or, with `offload: disk`, in
+    their files. `actorder: static` visits columns by falling Hessian diagonal and keeps groups where they are, so
     it costs nothing at inference (the library's `weight` is another name for it).
     """
 
@@ -28,8 +29,8 @@ class GPTQ(Stage):
         dampening_frac: float = Field(default=0.01, ge=0)  # of the Hessian's mean diagonal, added to its diagonal
         block_size: int = Field(default=128, ge=1)  # columns between two updates of all columns to come
 
-    class Execution(Stage.Execution):
-        batch_size: int = Field(default=8, ge=1)  # calibration windows in one forward
+    class Execution(CalibrationExecution):
+        pass
 
     params: Params
     execution: Execution
@@ -48,10 +49,11 @@ class GPTQ(Stage):
             "working copies of one weight and its Hessian": working,
             "activations of one batch": batch_memory(self.params, model, self.execution.batch_size),
         }
-        held = calibration_memory(self.params, model, quantized)
+        changed = {name for group in linears for name in group.module_names}
+        held = calibration_memory(self.params, self.execution, model, quantized, changed)
         if target.gpus:
             vram = {"one layer": sum(4 * g.shape[0] * g.shape[1] for g in linears), **layer}
-            return held.model_copy(update={"vram": vram})
+            return held.model_copy(update={"ram": held.ram | probe_memory(model), "vram": vram})
         return held.model_copy(update={"ram": held.ram | layer})
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
@@ -69,7 +71,7 @@ class GPTQ(Stage):
             dampening_frac=params.dampening_frac,
             block_size=params.block_size,
         )
-        made = quantize_calibrated(ctx, model, calibration, params, self.execution.batch_size, [modifier], params.actorder)
+        made = quantize_calibrated(ctx, model, calibration, params, self.execution, [modifier], params.actorder)
         if modifier.fallbacks:
             ctx.note(
                 f"{len(modifier.fallbacks)} layers were rounded to nearest because their Hessian could not be inverted: "

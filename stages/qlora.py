@@ -14,10 +14,8 @@ from pipeline.artifact import Adapter, AdapterSpec, Dataset, DatasetSpec, DenseC
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
-from stages.runtime.lora_settings import LoRATraining, adapter_spec, batch_memory, nf4_bytes
-from stages.runtime.training_settings import TrainingExecution
-
-FREED = 75  # % of what comes and goes: measured with glibc, 45 to 100 at 100 million weights
+from stages.runtime.lora_settings import LoRATraining, adapter_spec, nf4_bytes
+from stages.runtime.training_settings import TrainingExecution, activation_memory
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,15 @@ class QLoRA(Stage):
 
     `train` is plain text, cut into windows, or conversations (`format: messages`), written by the model's own chat template. With
     `merge` the adapter is added to the original weights and the result is an ordinary dense checkpoint of the same shape.
-    Metrics: `train_loss` (last tenth) and `first_train_loss` (nats per counted token), `train_seconds`, `tokens_per_second`.
+    Metrics, of the adapter: `train_loss` (mean over the last tenth of the curve) and `first_train_loss` (first update), nats per
+    counted token; `train_seconds` and `tokens_per_second` (padding counted), over all attempts of an interrupted run.
 
     With `lora_dropout` the elements dropped depend on the micro batch too, since they are drawn as it is computed.
     """
 
     name, version = "qlora", 1
     resumes = True
+    reads_conversations = True
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
 
     class Params(LoRATraining):
@@ -71,18 +71,18 @@ class QLoRA(Stage):
         return QLoRASpecs(model=model, adapter=adapter) if self.params.merge else adapter
 
     def memory(self, model: ModelSpec, train: DatasetSpec, target: Target) -> Memory:
-        adapter, batch = adapter_spec(model, self.params.rank), batch_memory(self.params, self.execution, model)
+        adapter, on_gpu = adapter_spec(model, self.params.rank), bool(target.gpus) and self.execution.device != "cpu"
         held = {
             "NF4 base": nf4_bytes(model, self.params.double_quant, self.params.item),
             "adapter, its gradient and AdamW's moments": 4 * adapter.nbytes,
-            **batch,
+            **activation_memory(self.params, self.execution, model, on_gpu, self.params),
         }
         data = {"the dataset's text and token ids": 10 * train.nbytes}
         disk = {"adapter": adapter.nbytes, "two checkpoints of the training": 2 * 3 * adapter.nbytes}
         disk |= {"merged checkpoint": model.nbytes} if self.params.merge else {}
-        if target.gpus and self.execution.device != "cpu":
+        if on_gpu:
             return Memory(vram=held, ram=data, disk=disk)
-        return Memory(ram=held | data | {"freed blocks that malloc keeps": FREED * sum(batch.values()) // 100}, disk=disk)
+        return Memory(ram=held | data, disk=disk)
 
     def explain(self, model: ModelSpec, train: DatasetSpec) -> list[str]:
         p, adapter = self.params, adapter_spec(model, self.params.rank)
@@ -104,7 +104,7 @@ class QLoRA(Stage):
 
         p, work = self.params, ctx.output / "training"
         device = resolve_device(self.execution.device)
-        samples = training_samples(ctx, model.path, train, p.num_samples, p.max_length, p.loss_on or "assistant")
+        samples = training_samples(ctx, model, train, p.num_samples, p.max_length, p.loss_on or "assistant")
         base = load_nf4(model.path, device, DTYPES[p.dtype], p.double_quant)
         adapted = add_lora(base, p.rank, p.lora_alpha, p.lora_dropout, p.seed)
         if self.execution.gradient_checkpointing:
@@ -117,7 +117,8 @@ class QLoRA(Stage):
         del base, adapted
         if p.merge:
             merge_adapter(model.path, place, ctx.output / "model", lambda done, total: ctx.progress("merging", done, total))
-        shutil.rmtree(work, ignore_errors=True)
+        if work.exists():
+            shutil.rmtree(work)
         adapter = Adapter(place, adapter_spec(model.model_spec, p.rank), metrics=metrics)
         if not p.merge:
             return adapter  # type: ignore[return-value]  # one port is left, so it is the artifact itself

@@ -36,7 +36,7 @@ class RecordTeacher(Stage):
 
     class Params(Stage.Params):
         k: int = Field(default=32, ge=1)  # words kept at each token
-        temperature: float = Field(default=2.0, gt=0)  # the one that distillation will use
+        temperature: float = Field(default=2.0, gt=0, le=100)  # the one that distillation will use
         num_samples: int = Field(default=1024, ge=1)  # windows of text, evenly spaced over it ...
         max_length: int = Field(default=512, ge=2)  # ... and their tokens: both as in the stage that trains
 
@@ -105,6 +105,7 @@ class RecordTeacher(Stage):
 
     def run(self, ctx: Context, teacher: Checkpoint, train: Dataset) -> TeacherLogits:
         from stages.runtime.loading import resolve_device
+        from stages.runtime.samples import check_vocabulary
         from stages.runtime.teacher_logits import LayerwiseTeacher, ResidentTeacher, StoredLogits, Teacher, store_logits
         from stages.runtime.text import calibration_windows, load_tokenizer
 
@@ -112,11 +113,7 @@ class RecordTeacher(Stage):
         assert isinstance(train.spec, DatasetSpec), "a plan gives every dataset its spec"
         layout = self._layout(model, train.spec.digest, tokenizer_digest(teacher.path))
         windows = calibration_windows(train, load_tokenizer(teacher.path), params.num_samples, params.max_length)
-        if windows.max() >= layout.vocab_size:
-            raise ValueError(
-                f"the text encodes to token id {windows.max()}, but the teacher's vocabulary has {layout.vocab_size} words; "
-                "the folder's tokenizer is another model's"
-            )
+        check_vocabulary(int(windows.max()), layout.vocab_size, "teacher")
         settings = (teacher.path, resolve_device(self.execution.device), self.execution.batch_size)
         load: Callable[[], Teacher] = partial(ResidentTeacher, *settings)
         if self.execution.mode == "layerwise":

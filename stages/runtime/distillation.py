@@ -4,7 +4,8 @@ The teacher is no submodule: wrappers for several devices must not shard it, and
 that the student sees, or its logits of them were stored before.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,8 @@ from pipeline.artifact import Checkpoint, DenseCheckpoint, TeacherLogits, tokeni
 from stages.functional.distillation import CrossEntropy, Distillation, Divergence, FullTeacher, Objective, TopTeacher, linear_loss
 from stages.runtime.loading import load_model
 from stages.runtime.lora import add_lora, load_nf4, merge_adapter, save_adapter
-from stages.runtime.samples import NOT_COUNTED, Sample, Samples, as_sample
+from stages.runtime.processes import is_sharded, process_index, wait_for_everyone, whole
+from stages.runtime.samples import NOT_COUNTED, Sample, Samples
 from stages.runtime.scoring import hidden_states
 from stages.runtime.teacher_logits import StoredLogits
 from stages.runtime.tensors import DTYPES, CheckpointWriter, copy_companions
@@ -58,6 +60,7 @@ class DistillationLoss(torch.nn.Module):
         super().__init__()
         self.student, self.teacher = student, teacher
         self.temperature, self.alpha = temperature, alpha
+        self._no_split_modules = student._no_split_modules  # which modules FSDP gathers one at a time
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, window: torch.Tensor) -> dict[str, torch.Tensor]:
         """input_ids and labels [samples, length], window [samples]: which window of the text each sample is."""
@@ -101,15 +104,24 @@ class Trainee:
 
 def full_trainee(student: DenseCheckpoint, device: torch.device, progress: Progress) -> Trainee:
     """Every weight in float32; written back as the student has them."""
-    model, spec = load_model(student.path, device).float(), student.model_spec
+    model, tensors = load_model(student.path, "cpu" if is_sharded() else device).float(), student.model_spec.tensors()
+    if is_sharded():  # layer by layer they come to the device; there embeddings are 16 bits wide, and what is added to them is not
+        model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, states: states.float())
+
+    def values() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (dtype, _) in tensors.items():
+            yield name, whole(model.get_parameter(name).detach()).to("cpu", DTYPES[dtype])
 
     def write(output: Path) -> None:
-        tensors = spec.tensors()
-        with CheckpointWriter(output) as writer:
-            for done, (name, (dtype, _)) in enumerate(tensors.items(), 1):
-                writer.add(name, model.get_parameter(name).to("cpu", DTYPES[dtype]))
-                progress(done, len(tensors))
-        copy_companions(student.path, output, student.config)
+        if process_index() == 0:
+            with CheckpointWriter(output) as writer:
+                for done, (name, value) in enumerate(values(), 1):
+                    writer.add(name, value)
+                    progress(done, len(tensors))
+            copy_companions(student.path, output, student.config)
+        else:
+            deque(values(), maxlen=0)  # its part of each tensor is needed
+        wait_for_everyone()
 
     return Trainee(model, write)
 
@@ -128,14 +140,9 @@ def lora_trainee(
     return Trainee(base, write)
 
 
-def window_samples(windows: torch.Tensor, vocab_size: int) -> Samples:
-    """Of windows [samples, length]: each with its number, in which every token is learned but the first. ValueError: unknown words."""
-    if windows.max() >= vocab_size:
-        raise ValueError(
-            f"inputs.train: the text encodes to token id {windows.max()}, but the student's vocabulary has {vocab_size} words; "
-            "the tokenizer in its folder is another model's"
-        )
-    return Samples([as_sample(ids) | {"window": torch.tensor(number)} for number, ids in enumerate(windows)])
+def numbered(samples: Samples) -> Samples:
+    """Each with its number, by which a stored teacher finds what it said of it."""
+    return Samples([sample | {"window": torch.tensor(number)} for number, sample in enumerate(samples.samples)])
 
 
 def stack(samples: Sequence[Sample]) -> Sample:

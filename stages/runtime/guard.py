@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.companions import CACHE_FILE
 from pipeline.headers import read_json
@@ -12,7 +11,8 @@ from pipeline.layout import KVCacheSpec
 from pipeline.spec import ModelSpec
 from stages.runtime.cache_scales import scale_problems
 from stages.runtime.layerwise import LayerwiseModel
-from stages.runtime.loading import check_loaded, load_model
+from stages.runtime.loading import load_model
+from stages.runtime.offloading import check_loads
 from stages.runtime.scoring import token_losses
 from stages.runtime.tensors import DTYPES, TensorReader
 from stages.runtime.windows import chunk_tokens
@@ -92,14 +92,6 @@ def layerwise_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         here = (targets >= first) & (targets < first + logits.shape[1])
         chosen[here] = logits[here, targets[here] - first]
     return log_sum - chosen
-
-
-def check_loads(folder: Path) -> None:
-    """Let transformers find every weight of the model that config.json describes, without reading any. ValueError as of `load_model`."""
-    _, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map={"": "meta"}, output_loading_info=True, trust_remote_code=False, local_files_only=True
-    )
-    check_loaded(folder, report)
 
 
 def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor, layerwise: bool = False) -> None:

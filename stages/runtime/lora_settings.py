@@ -12,7 +12,7 @@ from pipeline.artifact import AdapterSpec
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import ModuleGroup
 from pipeline.spec import ModelSpec
-from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, loss_bytes
+from stages.runtime.training_settings import LoRAParams, TrainingParams
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every Linear layer of a decoder layer
 NF4_BLOCK = 64  # weights that share a maximum ...
@@ -22,11 +22,6 @@ NF4_CODES = 16 + 256  # fp32 values of the two code books that every layer carri
 
 class LoRATraining(TrainingParams, LoRAParams):
     """What training adapters takes."""
-
-    @property
-    def item(self) -> int:
-        """Bytes of a value in the computation."""
-        return ITEM_BYTES["BF16" if self.dtype == "bf16" else "F32"]
 
 
 def target_groups(model: ModelSpec) -> list[ModuleGroup]:
@@ -69,29 +64,3 @@ def quantized_bytes(weights: int, double_quant: bool) -> int:
     statistics = blocks + 4 * math.ceil(blocks / NF4_OUTER_BLOCK) + 4 if double_quant else 4 * blocks
     codes = 4 * (NF4_CODES if double_quant else 16)
     return math.ceil(weights / 2) + statistics + codes
-
-
-def batch_memory(params: LoRATraining, execution: TrainingExecution, model: ModelSpec) -> dict[str, int]:
-    """What comes and goes with each micro batch."""
-    shape, item = model.architecture, params.item
-    tokens = min(execution.micro_batch_size, params.global_batch_size) * params.max_length
-    layer = tokens * kept_bytes(params, model)
-    kept, computed = (shape.hidden_size * item * tokens, layer) if execution.gradient_checkpointing else (layer, 0)
-    largest = max(math.prod(group.shape) for group in target_groups(model))
-    return {
-        "activations": shape.num_layers * kept + computed,
-        "gradients of one layer's activations": layer // 2,
-        "one weight, dequantized": 2 * largest * item,
-        "logits of a chunk of tokens": loss_bytes(model),
-    }
-
-
-def kept_bytes(params: LoRATraining, model: ModelSpec) -> int:
-    """Of one token in one decoder layer, kept for the backward pass; counted from what autograd saves in transformers' Llama."""
-    shape = model.architecture
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    mixed = 18 * hidden + 6 * queries + 4 * keys + 8 * inner  # a norm keeps its input in fp32, a LoRA pair its own copy of the input
-    kept = mixed if params.dtype == "bf16" else 16 * hidden + 8 * queries + 8 * keys + 16 * inner
-    dropped = (params.item + 2) * (5 * hidden + queries + inner) if params.lora_dropout else 0
-    return kept + dropped + 7 * params.item * params.rank + 4 * shape.num_heads

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from compressed_tensors.offload import remove_dispatch
+from compressed_tensors.offload import set_onload_device
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
 from pipeline.stage import Context
 from stages.runtime.guard import check_probe
-from stages.runtime.loading import load_model
+from stages.runtime.offloading import layers_keep_weights, model_in_ram, model_on_disk
 from stages.runtime.packing import calibrated_packer, quantization_config, write_quantized
-from stages.runtime.scheme import CalibratedQuantization
+from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution
 from stages.runtime.scoring import token_losses
 from stages.runtime.text import calibration_windows, load_tokenizer
 
@@ -86,9 +86,9 @@ def run_oneshot(
     ctx: Context,
     searched: Mapping[str, int] | None = None,
 ) -> None:
-    """Apply the modifiers of `recipe` to `model`, a resident one on the CPU, in place, calibrated on `windows` [samples, length].
+    """Apply the modifiers of `recipe` to `model`, in place, calibrated on `windows` [samples, length].
 
-    The library moves one layer at a time to the accelerator, where there is one; afterwards the model is on the CPU again.
+    The library moves one layer at a time to the accelerator, where there is one; afterwards the model computes on the CPU again.
 
     Every decoder layer sees every batch twice: once to gather its statistics, once to hand its output on. The modules of
     `searched`, and those of them that lie within, see every batch that many times more; progress counts these too.
@@ -115,7 +115,7 @@ def run_oneshot(
     finally:
         for hook in hooks:
             hook.remove()
-    remove_dispatch(model)
+    set_onload_device(model, torch.device("cpu"))
 
 
 def quantize_calibrated(
@@ -123,7 +123,7 @@ def quantize_calibrated(
     model: DenseCheckpoint,
     calibration: Dataset,
     params: CalibratedQuantization,
-    batch_size: int,
+    execution: CalibrationExecution,
     recipe: Sequence[Modifier],
     actorder: str | None = None,
     searched: Mapping[str, int] | None = None,
@@ -136,10 +136,11 @@ def quantize_calibrated(
     spec, quantization = params.apply(source), quantization_config(form, params.ignored_names(source), actorder)
     tokenizer = load_tokenizer(model.path)
     windows = calibration_windows(calibration, tokenizer, params.num_samples, params.max_length)
-    resident = load_model(model.path)
-    run_oneshot(resident, tokenizer, recipe, windows, batch_size, ctx, searched)
-    losses = token_losses(resident, windows[:1])
-    write_quantized(ctx, model, spec, quantization, calibrated_packer(resident, form), resident.get_parameter)
-    resident.to("meta")  # free its memory for the probe's copy; `del` would not: torch.fx's tracer keeps a reference
-    check_probe(losses, ctx.output, windows[:1])
+    on_disk = execution.offload == "disk"
+    with model_on_disk(model.path, ctx.output) if on_disk else model_in_ram(model.path) as calibrated:
+        run_oneshot(calibrated, tokenizer, recipe, windows, execution.batch_size, ctx, searched)
+        with layers_keep_weights(calibrated):
+            losses = token_losses(calibrated, windows[:1])
+        write_quantized(ctx, model, spec, quantization, calibrated_packer(calibrated, form), calibrated.get_parameter)
+    check_probe(losses, ctx.output, windows[:1], layerwise=on_disk)
     return QuantizedCheckpoint(path=ctx.output, spec=spec)

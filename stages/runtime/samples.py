@@ -1,11 +1,11 @@
 """Text and conversations as training samples: which are taken, their labels, and how several become a batch."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline.artifact import Dataset
+from pipeline.artifact import Checkpoint, Dataset
 from pipeline.stage import Context
 from stages.runtime.chat import LossOn, encode_conversation
 from stages.runtime.text import calibration_windows, load_tokenizer
@@ -28,15 +28,16 @@ class Samples(torch.utils.data.Dataset[Sample]):
         return self.samples[index]
 
 
-def training_samples(ctx: Context, model: Path, data: Dataset, num_samples: int, max_length: int, loss_on: LossOn) -> Samples:
-    """`num_samples` windows of a text, in which every token is learned, or conversations, as the tokenizer in `model` reads them.
+def training_samples(ctx: Context, model: Checkpoint, data: Dataset, num_samples: int, max_length: int, loss_on: LossOn) -> Samples:
+    """`num_samples` windows of a text (`window_samples`), or conversations, as the model's tokenizer reads them.
 
     Conversations are taken evenly spaced from those with something to learn in their first `max_length` tokens; what is left out or
-    cut off is noted. ValueError: too few, no chat template, or a conversation whose answers cannot be told from the rest.
+    cut off is noted. ValueError: too few, no chat template, a conversation whose answers cannot be told from the rest, or token ids
+    that the model does not have.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer, vocab_size = load_tokenizer(model.path), model.model_spec.architecture.vocab_size
     if not data.is_chat:
-        return Samples([as_sample(window) for window in calibration_windows(data, tokenizer, num_samples, max_length)])
+        return window_samples(calibration_windows(data, tokenizer, num_samples, max_length), tokenizer, vocab_size)
     if tokenizer.chat_template is None:
         raise ValueError(
             "train: the model has no chat template, so conversations cannot be written as it reads them; "
@@ -58,16 +59,39 @@ def training_samples(ctx: Context, model: Path, data: Dataset, num_samples: int,
     cut = sum(len(ids) > max_length for ids, _ in chosen)
     if cut:
         ctx.note(f"{cut} of {num_samples} conversations are longer than {max_length} tokens; their end was not learned")
+    check_vocabulary(max(max(ids[:max_length]) for ids, _ in chosen), vocab_size)
     return Samples([as_sample(ids[:max_length], counted[:max_length]) for ids, counted in chosen])
 
 
-def as_sample(ids: Sequence[int] | torch.Tensor, counted: Sequence[bool] | None = None) -> Sample:
+def window_samples(windows: torch.Tensor, tokenizer: Any, vocab_size: int) -> Samples:
+    """Of windows of a text [samples, length]: every token is learned but the first and the mark that the tokenizer begins documents with.
+
+    Within a window that mark follows the end of a document, where the model must not learn to write it: nothing that generates text
+    stops there. Where a tokenizer has one mark for both ends, it is learned. ValueError as of `check_vocabulary`.
+    """
+    check_vocabulary(int(windows.max()), vocab_size)
+    begin = tokenizer.bos_token_id
+    if begin is None or begin == tokenizer.eos_token_id:
+        return Samples([as_sample(ids) for ids in windows])
+    return Samples([as_sample(ids, ids != begin) for ids in windows])
+
+
+def check_vocabulary(largest: int, vocab_size: int, model: str = "model") -> None:
+    """ValueError where the largest token id of a text has no embedding; `model` is what the sentence calls it."""
+    if largest >= vocab_size:
+        raise ValueError(
+            f"inputs.train: it encodes to token id {largest}, but the {model} has a vocabulary of {vocab_size:,}; "
+            "the tokenizer in its folder is another model's, or has got tokens that the model was never given"
+        )
+
+
+def as_sample(ids: Sequence[int] | torch.Tensor, counted: Sequence[bool] | torch.Tensor | None = None) -> Sample:
     """Tokens and their labels: labels[t] is the token after position t, -100 where that is not counted or not there."""
     tokens = torch.as_tensor(ids, dtype=torch.int64)
     labels = torch.full_like(tokens, NOT_COUNTED)
     labels[:-1] = tokens[1:]
     if counted is not None:
-        labels[:-1].masked_fill_(~torch.tensor(counted[1:], dtype=torch.bool), NOT_COUNTED)
+        labels[:-1].masked_fill_(~torch.as_tensor(counted[1:], dtype=torch.bool), NOT_COUNTED)
     return {"input_ids": tokens, "labels": labels}
 
 

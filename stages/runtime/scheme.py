@@ -6,6 +6,7 @@ A scheme here is weight-only, integer, by groups of consecutive input columns (`
 
 import math
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -18,6 +19,7 @@ from pipeline.stage import Stage
 from pipeline.target import Memory
 
 SERVED_BITS = (4, 8)  # what vLLM's weight-only kernels (Marlin, Machete) take
+ROUNDING_BYTES = 8  # working memory for each weight that a forward rounds, measured
 BLOCK_WEIGHTS = 1 << 24  # weights packed or unpacked at once ...
 BLOCK_BYTES = 9  # ... and the working memory of each, measured at 4 bits: rounded values, their int8 and int32 copies
 
@@ -88,18 +90,58 @@ class CalibratedQuantization(WeightQuantization):
         return self.num_samples * self.max_length
 
 
-def calibration_memory(params: CalibratedQuantization, dense: ModelSpec, packed: ModelSpec) -> Memory:
-    """What stays in RAM while one decoder layer after another is calibrated, and while the result is written."""
+class CalibrationExecution(Stage.Execution):
+    """Neither setting changes the result.
+
+    `offload` is where the model waits while llm-compressor takes its decoder layers one by one: to the accelerator, where there is
+    one, else they are calibrated in RAM. With `disk` a layer is read when its turn comes and what was changed of it is written to a
+    temporary folder, so that a 70B model needs the RAM of one layer and not of its 140 GB.
+    """
+
+    batch_size: int = Field(default=8, ge=1)  # calibration windows in one forward
+    offload: Literal["ram", "disk"] = "ram"
+
+
+def calibration_memory(
+    params: CalibratedQuantization, execution: CalibrationExecution, dense: ModelSpec, packed: ModelSpec, changed: Collection[str]
+) -> Memory:
+    """What stays in RAM and on disk while one decoder layer after another is calibrated, and while the result is written.
+
+    `changed` are the Linear layers that the calibration changes.
+    """
     shape, item = dense.architecture, ITEM_BYTES[dense.dtype]
+    embedding = shape.vocab_size * shape.hidden_size * item
     ram = {
-        "model": dense.nbytes,
         "calibration hidden states": 2 * params.tokens * shape.hidden_size * item,
         "attention masks": params.tokens * params.max_length * item,
     }
-    if shape.tied:
-        ram["untied copy of the embedding"] = shape.vocab_size * shape.hidden_size * item
     packing = packing_memory(dense, packed, writes=packed)
-    return Memory(ram=ram | packing.ram, disk=packing.disk)
+    if execution.offload == "disk":
+        held = {"one layer, or the embedding": max(layer_bytes(dense), embedding)}
+        return Memory(ram=held | ram | packing.ram, disk=packing.disk | {"changed weights": offloaded_bytes(packed, changed)})
+    held = {"model": dense.nbytes} | ({"untied copy of the embedding": embedding} if shape.tied else {})
+    return Memory(ram=held | ram | packing.ram, disk=packing.disk)
+
+
+def layer_bytes(dense: ModelSpec) -> int:
+    """Of the Linear layers of one decoder layer."""
+    return sum(math.prod(group.shape) * ITEM_BYTES[dense.dtype] for group in dense.dense().linear_groups if group.layers)
+
+
+def offloaded_bytes(packed: ModelSpec, changed: Collection[str]) -> int:
+    """Of dense weights on their way to be packed, with the scale and int8 zero point of each group."""
+    item, total = ITEM_BYTES[packed.dtype], 0
+    for group in packed.linear_groups:
+        weights = math.prod(group.shape)
+        total += weights * item * sum(name in changed for name in group.module_names)
+        total += weights // (group.format.group_size or weights) * (item + 1) * group.count * (not group.format.is_dense)
+    return total
+
+
+def probe_memory(model: ModelSpec) -> dict[str, int]:
+    """What proving the result takes on the CPU, where it was made on a GPU: the weights are rounded once more there."""
+    largest = max(math.prod(group.shape) for group in model.linear_groups if group.layers)
+    return {"copies of one weight in the probe": ROUNDING_BYTES * largest}
 
 
 def batch_memory(params: CalibratedQuantization, model: ModelSpec, batch_size: int) -> int:

@@ -5,6 +5,7 @@
   anyone resumes from. Its pickles are the loop's own and are read with `weights_only`.
 - A loss or gradient that is not finite ends the training before it reaches a weight.
 - Nothing is printed or tracked but through the stage's Context, and several visible GPUs do not become DataParallel.
+- Several processes (stages/runtime/launch.py) share each update's samples equally, and so make the update that one would make.
 
 What is trained is a module whose forward takes a batch and computes the loss, so that wrappers for several devices fit around it.
 """
@@ -14,14 +15,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.stage import Context
+from stages.runtime.processes import as_main_says, average, is_sharded, num_processes, process_index, wait_for_everyone
 from stages.runtime.training_settings import TrainingExecution, TrainingParams
 
 CURVE_POINTS = 500  # at most, however long the training
@@ -47,44 +51,64 @@ def train(
     become curves}; a batch has "labels" [samples, length], aligned with the logits (labels[t] is the target of position t), -100 where
     none counts. `samples` has a length. The caller has switched gradient checkpointing on, and removes `work` at the end.
 
-    Continues from the last checkpoint in `work`, the module being as it was at the first start. Returns `train_loss` (mean nats per
-    counted token over the last tenth of the updates), `first_train_loss` (over the first logged ones), and of this attempt
-    `train_seconds` and `tokens_per_second` (padding counted). ValueError where the loss or the gradient is not finite.
+    Continues from the last checkpoint in `work`, the module being as it was at the first start. Returns `train_loss` (mean loss per
+    counted token over the last tenth of the curve), `first_train_loss` (of the first update), and of all attempts together, without
+    what an interruption lost, `train_seconds` and `tokens_per_second` (padding counted). ValueError where the loss or the gradient is
+    not finite.
     """
-    batches = update_batches(len(samples), params, execution.micro_batch_size)  # type: ignore[arg-type]
+    count: int = len(samples)  # type: ignore[arg-type]
+    batches = update_batches(count, params, execution.micro_batch_size, process_index(), num_processes())
     loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collate)
-    shutil.rmtree(work / "partial", ignore_errors=True)
-    found = sorted(work.glob("checkpoint-*"), key=_step_of)
+    found = _checkpoints(ctx, work)
     trainer = _Trainer(ctx, module, _arguments(params, execution, work), loader, execution.checkpoint_minutes * 60)
     if found:
         ctx.resumed(f"update {_step_of(found[-1])} of {params.steps}")
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    seconds = time.monotonic() - started
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    last = losses[-max(1, len(losses) // 10) :]
+    curve = [row for row in trainer.state.log_history if "loss" in row]
+    last = curve[-max(1, len(curve) // 10) :]
+    seconds = math.fsum(row["seconds"] for row in curve)
     return {
-        "train_loss": math.fsum(last) / len(last),
-        "first_train_loss": losses[0],
+        "train_loss": math.fsum(row["loss"] for row in last) / len(last),
+        "first_train_loss": curve[0]["loss"],
         "train_seconds": seconds,
-        "tokens_per_second": trainer.positions / seconds,
+        "tokens_per_second": sum(row["tokens"] for row in curve) / seconds,
     }
 
 
-def update_batches(count: int, params: TrainingParams, micro_batch_size: int) -> list[list[int]]:
-    """The micro batches of all updates: each epoch's random order one after the other, cut into global batches, these cut again."""
+def update_batches(count: int, params: TrainingParams, micro_batch_size: int, share: int = 0, shares: int = 1) -> list[list[int]]:
+    """The micro batches of all updates: each epoch's random order one after the other, cut into global batches, these cut again.
+
+    Of `shares` processes each gets its own samples of a global batch, as many micro batches as any other where all can be shared
+    equally.
+    """
     generator = torch.Generator().manual_seed(params.seed)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(params.epochs)])
-    return [micro.tolist() for batch in torch.split(order, params.global_batch_size) for micro in torch.split(batch, micro_batch_size)]
+    updates = torch.split(order, params.global_batch_size)
+    return [micro.tolist() for update in updates for micro in torch.split(update[share::shares], micro_batch_size)]
+
+
+def _checkpoints(ctx: Context, work: Path) -> list[Path]:
+    """Those in `work` that can be continued from, the last one last. A sharded training has others than one that is not."""
+    found = sorted(work.glob("checkpoint-*"), key=_step_of)
+    usable = [checkpoint for checkpoint in found if (checkpoint / WEIGHTS).is_file() != is_sharded()]
+    if process_index() == 0:
+        shutil.rmtree(work / "partial", ignore_errors=True)
+    if usable != found:
+        ctx.note("the interrupted training is not continued: one was sharded over several devices, the other is not; it starts again")
+        wait_for_everyone()
+        for checkpoint in found if process_index() == 0 else ():
+            shutil.rmtree(checkpoint)
+    return usable
 
 
 def _arguments(params: TrainingParams, execution: TrainingExecution, work: Path) -> TrainingArguments:
-    micro = min(execution.micro_batch_size, params.global_batch_size)
+    share = params.global_batch_size // num_processes()
+    micro = min(execution.micro_batch_size, share)
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=1,  # the loader holds the batches of all epochs
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=math.ceil(params.global_batch_size / micro),
+        gradient_accumulation_steps=math.ceil(share / micro),
         learning_rate=params.learning_rate,
         lr_scheduler_type=SCHEDULERS[params.lr_scheduler_type],
         warmup_steps=params.warmup_ratio,  # below 1 it is a ratio
@@ -98,6 +122,8 @@ def _arguments(params: TrainingParams, execution: TrainingExecution, work: Path)
         logging_nan_inf_filter=False,
         save_strategy="no",  # by time instead: see _Trainer
         save_total_limit=1,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},  # or whole gradients would accumulate
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
         log_level="error",
@@ -116,11 +142,21 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
     ) -> None:
         super().__init__(module, arguments, train_dataset=loader.dataset, callbacks=[_Clock(ctx, pause)])
         self.remove_callback(PrinterCallback)
+        self._set_precision()
         self.model_accepts_loss_kwargs = True  # makes it count the labels of a global batch, and not divide by the micro batches
         self.ctx, self.loader = ctx, loader
-        self.positions = 0
+        self.since, self.positions = time.monotonic(), 0  # the last log or the start, and the tokens computed after it
         self.sums: dict[str, Any] = {}  # curves beside the loss, summed over ...
         self.updates = 0  # ... the updates since the last log
+
+    def _set_precision(self) -> None:
+        """Of sharded weights: gathered in the dtype of the computation, which is what autocast makes of whole ones; gradients added in
+        float32."""
+        if is_sharded() and not self.is_fsdp_enabled:
+            raise ValueError("execution.accelerate_config: FSDP is for GPUs, and there is none; write distributed_type: MULTI_GPU")
+        if is_sharded() and self.args.bf16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         return self.loader
@@ -131,7 +167,10 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
         """The micro batch's part of the global batch's mean."""
         assert num_items_in_batch is not None and not return_outputs, "training only"
         self.positions += inputs["labels"].numel()
-        means = {name: value / num_items_in_batch.clamp(min=1) for name, value in model(**inputs).items()}
+        count = num_items_in_batch.clamp(min=1)  # in all processes, which average their gradients
+        with self.accelerator.autocast() if is_sharded() else nullcontext():  # accelerate gives it to every model but a sharded one
+            sums = model(**inputs)
+        means = {name: value * num_processes() / count for name, value in sums.items()}
         loss: torch.Tensor = means.pop("loss")
         for name, value in means.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -150,19 +189,28 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: float(total) / self.updates for name, total in self.sums.items()}
+            logs |= average({name: float(total) / self.updates for name, total in self.sums.items()})
             self.sums, self.updates = {}, 0
             self.ctx.curve(self.state.global_step, **{name: value for name, value in logs.items() if name != "epoch"})
+            now = time.monotonic()
+            logs |= {"seconds": now - self.since, "tokens": self.positions * num_processes()}  # kept with the curve in every checkpoint
+            self.since, self.positions = now, 0
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write it under a name that nobody resumes from, then rename, then drop the one before."""
-        name = f"checkpoint-{self.state.global_step}"
-        final, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
         super()._save_checkpoint(model, trial)
-        for file in (partial / name).iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+        wait_for_everyone()
+        if process_index() == 0:
+            self._publish(f"checkpoint-{self.state.global_step}")
+        wait_for_everyone()
+
+    def _publish(self, name: str) -> None:
+        final, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
+        for file in (partial / name).rglob("*"):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         os.rename(partial / name, final / name)
         for older in final.glob("checkpoint-*"):
             if older.name != name:
@@ -178,6 +226,9 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
         save_file({name: value.detach().contiguous() for name, value in self._trained().items()}, Path(output_dir) / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
+        if is_sharded():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         saved, trained = load_file(Path(resume_from_checkpoint) / WEIGHTS), self._trained()
         if saved.keys() != trained.keys():
             raise ValueError(f"{resume_from_checkpoint} is of another model; remove it")
@@ -190,7 +241,10 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Reports every update, and asks for a checkpoint when the last is `pause` seconds old, and at the end of so long a training."""
+    """Reports every update, and asks for a checkpoint when the last is `pause` seconds old, and at the end of so long a training.
+
+    Only with a point of the curve, which is the mean since the one before: what had been added up between two would be lost.
+    """
 
     def __init__(self, ctx: Context, pause: float) -> None:
         self.ctx, self.pause = ctx, pause
@@ -200,7 +254,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self.ctx.progress("training", state.global_step, state.max_steps)
         now, last = time.monotonic(), state.global_step == state.max_steps
         control.should_log |= last
-        if now - (self.started if last else self.saved) >= self.pause:
+        if control.should_log and as_main_says(now - (self.started if last else self.saved) >= self.pause):
             control.should_save, self.saved = True, now
 
 

@@ -16,6 +16,7 @@ from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
 
 LOSS_CHUNK_BYTES, LOSS_CHUNK_TOKENS = 8 << 20, 256  # float32 logits of a chunk: as much as a CPU's cache holds, or so many tokens
+FREED, FREED_WITH_LORA = 30, 75  # % of a micro batch's memory, measured with glibc; of LoRA's many small tensors 45 to 100
 LOSS_BUFFERS = 6  # of such a chunk at the peak: student logits as they are and over T, both log-softmaxes, a softmax, 16-bit copies
 
 
@@ -33,6 +34,11 @@ class TrainingParams(Stage.Params):
     max_grad_norm: float = Field(default=1.0, ge=0)  # longer gradients are scaled down to this norm; 0: never
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the computation; trained weights and their optimizer are always fp32
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def item(self) -> int:
+        """Bytes of a value in the computation."""
+        return 2 if self.dtype == "bf16" else 4
 
     @property
     def steps(self) -> int:
@@ -71,7 +77,7 @@ def check_windows(num_samples: int, max_length: int, train: DatasetSpec, model: 
 class TrainingExecution(Stage.Execution):
     micro_batch_size: int = Field(default=8, ge=1)  # samples computed at once: splits the global batch, bounds the memory
     gradient_checkpointing: bool = False  # keep a layer's inputs only and compute it again: less memory, a third more time
-    checkpoint_minutes: float = Field(default=10, ge=0)  # between two saved states, from which an interrupted run continues; 0: each update
+    checkpoint_minutes: float = Field(default=10, ge=0)  # between saved states, to continue from; 0: each point of the curve
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -94,19 +100,43 @@ def loss_bytes(model: ModelSpec) -> int:
     return LOSS_BUFFERS * 4 * model.architecture.vocab_size * loss_chunk_tokens(model.architecture.vocab_size)
 
 
-def activation_memory(params: TrainingParams, execution: TrainingExecution, model: ModelSpec) -> dict[str, int]:
-    """What a micro batch leaves until its backward pass, itemised, with one layer's gradients of it.
-
-    Per token and layer, measured for Llama under autocast: norms and residuals in float32, 30 bytes for each hidden element; four
-    intermediate-sized and two head-sized tensors in the dtype of the computation.
-    """
-    a, item = model.architecture, 2 if params.dtype == "bf16" else 4
-    layer = 30 * a.hidden_size + item * (4 * a.intermediate_size + 2 * (a.num_heads + a.num_kv_heads) * a.head_dim)
-    kept = 4 * a.hidden_size if execution.gradient_checkpointing else layer
-    tokens = min(execution.micro_batch_size, params.global_batch_size) * params.max_length
-    layers = tokens * (a.num_layers * kept + 2 * layer)
-    return {
-        "activations of a micro batch": layers,
-        "hidden states at the loss, with their gradients": tokens * 32 * a.hidden_size,
-        "freed blocks that the allocator keeps": layers * 3 // 10,  # measured: a quarter to a third
+def activation_memory(
+    params: TrainingParams, execution: TrainingExecution, model: ModelSpec, on_gpu: bool, lora: LoRAParams | None = None
+) -> dict[str, int]:
+    """What comes and goes with each micro batch, itemised; `lora` where adapters are trained and the rest is frozen in NF4."""
+    hidden, tokens = model.architecture.hidden_size, min(execution.micro_batch_size, params.global_batch_size) * params.max_length
+    layer = tokens * kept_bytes(params, model, lora)
+    boundary = tokens * hidden * (params.item if lora else 4)  # between two layers; in float32 where the embedding is trained
+    kept, computed = (boundary, layer) if execution.gradient_checkpointing else (layer, 0)
+    held = {
+        "activations of a micro batch": model.architecture.num_layers * kept + computed,
+        "gradients of one layer's activations": layer,
+        "hidden states at the loss, with their gradients": tokens * 32 * hidden,
+        "logits of a chunk of tokens": loss_bytes(model),
     }
+    if lora:
+        held["one weight, dequantized"] = 2 * params.item * max(math.prod(group.shape) for group in model.linear_groups if group.layers)
+    freed = FREED_WITH_LORA if lora and not on_gpu else FREED
+    return held | {"freed blocks that the allocator keeps": sum(held.values()) * freed // 100}
+
+
+def kept_bytes(params: TrainingParams, model: ModelSpec, lora: LoRAParams | None) -> int:
+    """Of one token in one decoder layer, kept for the backward pass; counted from what autograd saves in transformers' models.
+
+    A norm keeps its input in float32, and what it scales where its weight is trained; a LoRA pair keeps its own copy of its input.
+    """
+    a = model.architecture
+    hidden, inner, queries, keys = a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    if params.dtype == "bf16":
+        kept = (18 * hidden + 6 * queries if lora else 26 * hidden + 4 * queries) + 4 * keys + 8 * inner
+        head_norms = (4 if lora else 6) * (queries + keys)
+        dropped = 20 * hidden + 4 * queries + 4 * inner
+    else:
+        kept = (16 if lora else 24) * hidden + 8 * queries + 8 * keys + 16 * inner
+        head_norms = (4 if lora else 8) * (queries + keys)
+        dropped = 32 * hidden + 8 * queries + 4 * inner
+    if a.qk_norm:
+        kept += head_norms
+    if lora:
+        kept += 7 * params.item * lora.rank + (dropped if lora.lora_dropout else 0)
+    return kept + 4 * a.num_heads

@@ -170,13 +170,37 @@ def test_every_problem_is_told_at_once() -> None:
 
 
 def test_a_wrong_type_is_told_with_both_types() -> None:
-    with pytest.raises(RecipeError, match=r"stages.prune.inputs.calibration: model is a DenseCheckpoint, Dataset is needed"):
+    told = r"stages\.prune\.inputs\.calibration: Dataset is needed and model is of type DenseCheckpoint; name another output"
+    with pytest.raises(RecipeError, match=told):
         wire("prune", {"prune": {"calibration": "model"}})
+
+
+def test_of_several_outputs_a_bare_reference_means_the_one_that_fits() -> None:
+    graph = wire("tune prune distill", {"distill": {"teacher": "tune"}})
+    assert told(graph)["distill"]["teacher"] == "tune.model"
+
+
+@pytest.mark.parametrize(
+    ("order", "teacher", "sentence"),
+    [
+        ("distill prune", "prune", "prune comes later in `order`; move it before distill"),
+        ("distill", "distill", "distill cannot read what it makes itself"),
+        ("distill", "models.large", "there is no model 'large' under `models`; write +models.large.path=/folder"),
+        ("prune distill", "prune.modle", "there is no 'prune.modle' before it; did you mean 'prune.model'?"),
+    ],
+)
+def test_an_input_that_is_not_there_is_told_with_what_to_write(order: str, teacher: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        wire(order, {"distill": {"teacher": teacher}})
+    assert caught.value.problems == [f"stages.distill.inputs.teacher: {sentence}"]
 
 
 def test_an_input_named_though_the_parameters_leave_it_unused_is_refused() -> None:
     stages = {"prune": StageConfig(Prune.from_dict({"measured": False}), {"calibration": "data.calibration"})}
-    with pytest.raises(RecipeError, match=r"^stages\.prune\.inputs\.calibration: these parameters leave this input unused; remove it$"):
+    told = (
+        r"^stages\.prune\.inputs\.calibration: these parameters leave it unused; remove it \(on the command line: ~stages\.prune\.inputs\."
+    )
+    with pytest.raises(RecipeError, match=told):
         wire("prune", stages=stages)
 
 

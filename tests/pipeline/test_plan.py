@@ -12,6 +12,7 @@ from pipeline.errors import RecipeError
 from pipeline.graph import Ref
 from pipeline.identity import backend_versions
 from pipeline.plan import Plan, PlannedNode, make_plan
+from pipeline.plan_table import plan_json
 from pipeline.recipe import read_config
 from pipeline.spec import ModelSpec
 from pipeline.store import Store, digests_read
@@ -218,14 +219,66 @@ def test_static_scales_go_stale_when_weights_change(config: dict[str, Any], tmp_
     with pytest.raises(RecipeError) as refused:
         plan_of(with_cache(config, tmp_path, "static"), tmp_path / "outputs")
     assert refused.value.problems[0] == (
-        "order: prune changes the weights that the static KV cache before it was calibrated with; move kv_cache after prune, "
-        "or write mode: per_token_head"
+        "order: prune changes the weights that the static KV cache of the source model was calibrated with; "
+        "put a kv_cache stage before prune, with mode: per_token_head"
     )
 
 
 def test_a_cache_that_scales_each_token_travels_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
     final = plan_of(with_cache(config, tmp_path, "per_token_head"), tmp_path / "outputs").final_spec
     assert (final.kv_cache.mode, final.kv_cache.bytes_per_token) == ("per_token_head", 2 * 2 * 2 * (64 + 4))
+
+
+def chatting(config: dict[str, Any], folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of one stage that is given conversations, on a copy of the model."""
+    model = Path(shutil.copytree(config["model"]["path"], folder / "talks"))
+    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}]} for i in range(9)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"splits": {"chats": {"path": str(folder / "chats.jsonl"), "format": "messages"}}}
+    return {**config, "model": {"path": str(model)}, "data": data, "order": ["one"], "stages": {"one": stage}}
+
+
+@pytest.mark.parametrize(("name", "port"), [("gptq", "calibration"), ("awq", "calibration"), ("evaluate", "eval"), ("distill", "train")])
+def test_conversations_are_refused_where_a_stage_reads_text(config: dict[str, Any], tmp_path: Path, name: str, port: str) -> None:
+    inputs = {port: "data.chats"} | ({"teacher": "model"} if name == "distill" else {})
+    with pytest.raises(RecipeError) as refused:
+        plan_of(chatting(config, tmp_path, {"stage": name, "inputs": inputs}), tmp_path / "outputs")
+    assert refused.value.problems == [
+        f"stages.one.inputs.{port}: data.chats holds conversations and {name} reads plain text; name a split of format text"
+    ]
+
+
+def test_conversations_need_a_model_with_a_chat_template(config: dict[str, Any], tmp_path: Path) -> None:
+    tune = {"stage": "qlora", "inputs": {"train": "data.chats"}, "rank": 2, "num_samples": 8, "max_length": 16, "global_batch_size": 2}
+    config = chatting(config, tmp_path, tune)
+    told = r"^stages\.one\.inputs\.train: data\.chats holds conversations and the model has no chat template; put its chat_template\.jinja"
+    with pytest.raises(RecipeError, match=told):
+        plan_of(config, tmp_path / "outputs")
+    (tmp_path / "talks" / "chat_template.jinja").write_text("{{ messages }}")
+    assert plan_of(config, tmp_path / "outputs").nodes[0].stage.name == "qlora"
+
+
+def test_a_reference_that_names_nothing_is_told_once(config: dict[str, Any], tmp_path: Path) -> None:
+    distill = {"stage": "distill", "inputs": {"teacher": "nobody"}}
+    with pytest.raises(RecipeError) as refused:
+        plan_of(config | {"order": ["distill"], "stages": {"distill": distill}}, tmp_path / "outputs")
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == ["data.splits", "stages.distill.inputs.teacher"]
+
+
+def test_a_plan_tells_what_adapters_and_logits_will_be(config: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"num_samples": 8, "max_length": 16}
+    stages = {
+        "teacher": {"stage": "teacher_logits", "inputs": {"teacher": "model", "train": "data.eval"}, "k": 4, **sizes},
+        "tune": {"stage": "qlora", "inputs": {"train": "data.eval"}, "rank": 2, "global_batch_size": 2, **sizes},
+    }
+    (tmp_path / "long.txt").write_text("one two three " * 99)
+    config |= {"order": ["teacher", "tune"], "stages": stages, "data": {"splits": {"eval": str(tmp_path / "long.txt")}}}
+    plan = plan_of(config, tmp_path / "outputs")
+    logits, tuned = (node["outputs"] for node in plan_json(plan)["nodes"])
+    assert logits["logits"]["bytes"] == plan.nodes[0].expected["logits"].nbytes  # type: ignore[union-attr]
+    assert {name: logits["logits"][name] for name in ("k", "temperature", "num_samples")} == {"k": 4, "temperature": 2.0, "num_samples": 8}
+    adapter = tuned["adapter"]
+    assert (adapter["type"], adapter["rank"], adapter["bytes"]) == ("Adapter", 2, 4 * adapter["parameters"])
 
 
 def test_models_of_one_stage_must_read_the_same_tokens(config: dict[str, Any], tmp_path: Path) -> None:

@@ -136,6 +136,13 @@ def test_an_order_that_only_evaluates_ends_with_the_source_model(model: Path, tm
     report = run(plan_of(model, tmp_path, order=["evaluate"]), tmp_path)
     assert report.final is not None
     assert (report.final.node, report.final.path, report.metrics["compression_ratio"]) == ("model", str(model), 1.0)
+    text = printed(report)
+    assert "the model stays as it is: " in text and "perplexity 5" in text
+    assert "smaller" not in text and "from_pretrained" not in text and "serve" not in text
+
+
+def test_columns_in_which_nothing_stands_are_left_out(model: Path, tmp_path: Path) -> None:
+    assert table_of(run(plan_of(model, tmp_path, order=["prune"]), tmp_path))[0] == ["stage", "time", "size", "bits/w"]
 
 
 def test_markdown_has_the_same_cells(model: Path, tmp_path: Path) -> None:

@@ -29,4 +29,4 @@ def test_a_wheel_plans_the_quickstart_outside_the_checkout(tmp_path: Path) -> No
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.startswith(str(tmp_path / "site"))
-    assert "quickstart: prune > quantize > evaluate" in done.stdout
+    assert "quickstart: prune > evaluate > distill > evaluate" in done.stdout

@@ -59,7 +59,7 @@ def test_a_split_that_is_missing_or_empty_is_named(training: Run, folder: Path) 
         for stage in ("distill", "recover")
     ]
     (error,) = told(training("mode=plan", "data.splits.training=data/train.txt"))
-    assert error == "data.splits.training: it is not there yet; to add an entry write +data.splits.training=..."
+    assert error == "data.splits.training: it is not there yet; to add it write +data.splits.training=/file.jsonl"
     (folder / "data" / "train.txt").write_text("<|endoftext|>\n")
     (error,) = told(training("mode=plan"))
     assert error.startswith("data.splits.train: ") and error.endswith("holds no document")
@@ -82,8 +82,9 @@ def test_a_teacher_that_reads_other_tokens_is_refused(training: Run, folder: Pat
 
 def test_a_static_cache_stands_after_what_changes_weights(training: Run) -> None:
     (error,) = told(training("mode=plan", "order=[prune,cache,recover]", "stages.cache.mode=static"))
-    assert error.startswith(
-        "order: recover changes the weights that the static KV cache before it was calibrated with; move kv_cache after"
+    assert error == (
+        "order: recover changes the weights that the static KV cache of cache was calibrated with; "
+        "move cache after recover, or write mode: per_token_head"
     )
 
 

@@ -17,14 +17,16 @@ from pipeline.stage import Context
 from pipeline.target import Target
 from stages.distill import Distill
 from stages.rtn import RTN
-from stages.runtime.distillation import DistillationLoss, ResidentTeacher, stack, window_samples
+from stages.runtime.distillation import DistillationLoss, ResidentTeacher, numbered, stack
 from stages.runtime.guard import check_checkpoint
 from stages.runtime.loading import load_model
+from stages.runtime.samples import window_samples
 from stages.runtime.tensors import TensorReader
 from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.structured_prune import StructuredPrune
 from stages.teacher_logits import RecordTeacher
 from tests.stages.models import make_checkpoint, save_tokenizer, write_documents
+from tests.stages.processes import killed
 
 PARAMS: dict[str, Any] = {"num_samples": 24, "max_length": 24, "global_batch_size": 4, "learning_rate": 2e-3}
 WORDS = 307
@@ -151,6 +153,20 @@ def test_adapters_on_a_4_bit_student_leave_everything_else_as_it_was(
         assert torch.equal(value, before[name]) == ("_proj" not in name), name
 
 
+@pytest.mark.parametrize(
+    "config", [{"tie_word_embeddings": True}, {"model_type": "qwen2", "dtype": torch.float16}, {"model_type": "qwen3"}], ids=str
+)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_architecture_is_written_as_it_came(tmp_path: Path, train: Dataset, config: dict[str, Any], method: str) -> None:
+    """Tied embeddings once, biases and head norms trained or untouched, each tensor in its own dtype; `distill` checks the table."""
+    source = as_checkpoint(make_checkpoint(tmp_path / "source", num_hidden_layers=1, **config))
+    made = distill(tmp_path / "out", source, train, None, alpha=0, method=method)
+    assert ("lm_head.weight" in weights(made)) == ("tie_word_embeddings" not in config)
+    before = weights(source)
+    changed = {name for name, value in weights(made).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if method == "full" or "_proj.weight" in name}
+
+
 def test_without_a_teacher_it_is_training_on_the_text(tmp_path: Path, student: DenseCheckpoint, train: Dataset) -> None:
     stage = Distill.from_dict(PARAMS | {"alpha": 0})
     assert set(stage.inputs()) == {"student", "train"}
@@ -182,7 +198,7 @@ def test_the_loss_is_the_papers(teacher: DenseCheckpoint, student: DenseCheckpoi
     windows = calibration_windows(train, load_tokenizer(student.path), 4, 24)
     models = {"teacher": load_model(teacher.path).float(), "student": load_model(student.path).float()}
     module = DistillationLoss(models["student"], ResidentTeacher(models["teacher"]), temperature=3.0, alpha=0.6)
-    made = module(**stack(list(window_samples(windows, WORDS))))  # type: ignore[arg-type]
+    made = module(**stack(numbered(window_samples(windows, load_tokenizer(student.path), WORDS)).samples))
     z, y = (models[name](windows).logits[:, :-1].flatten(0, 1) for name in ("student", "teacher"))
     kl = torch.nn.functional.kl_div((z / 3).log_softmax(-1), (y / 3).log_softmax(-1), log_target=True, reduction="sum")
     expected = 0.6 * 9 * kl + 0.4 * torch.nn.functional.cross_entropy(z, windows[:, 1:].flatten(), reduction="sum")
@@ -204,12 +220,8 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
 
     folder = tmp_path / "killed"
     folder.mkdir()
-    child = os.fork()
-    if not child:
-        stage = Distill.from_dict(PARAMS, {"device": "cpu"} | execution)
-        stage.run(Context(folder, die_at_the_fourth), student, train, teacher)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    stage = Distill.from_dict(PARAMS, {"device": "cpu"} | execution)
+    killed(lambda: stage.run(Context(folder, die_at_the_fourth), student, train, teacher))
     events: Events = []
     made = distill(folder, student, train, teacher, events, execution=execution)
     assert [event["text"] for event in events if event["event"] == "resumed"] == ["update 3 of 6"]
@@ -227,7 +239,7 @@ def test_a_teacher_that_reads_other_tokens_is_refused(tmp_path: Path, student: D
 def test_a_text_of_unknown_words_is_refused(tmp_path: Path, train: Dataset) -> None:
     small = make_checkpoint(tmp_path / "small", vocab_size=260, num_hidden_layers=1)
     save_tokenizer(small, WORDS)
-    with pytest.raises(ValueError, match=r"inputs\.train: the text encodes to token id \d+, but the student's vocabulary has 260 words"):
+    with pytest.raises(ValueError, match=r"inputs\.train: it encodes to token id \d+, but the model has a vocabulary of 260"):
         distill(tmp_path / "out", as_checkpoint(small), train, None, alpha=0)
 
 
@@ -242,7 +254,7 @@ LOGITS = LogitsSpec(vocab_size=307, k=8, temperature=2.0, num_samples=24, max_le
 PACKED = RTN.from_dict({"group_size": 32}).infer(MODEL)
 REFUSALS: list[tuple[dict[str, Any], Any, str]] = [
     ({"lora": {"rank": 8}}, MODEL, "lora: it has an effect only with method: lora; leave it out or write method: lora"),
-    ({"method": "lora", "lora": {"rank": 65}}, MODEL, "rank: 65 is more than the smaller side"),
+    ({"method": "lora", "lora": {"rank": 65}}, MODEL, "lora.rank: 65 is more than the smaller side"),
     ({"alpha": 0, "temperature": 3}, None, "temperature: it has no effect with alpha 0, where there is no teacher; leave it out"),
     ({"alpha": 0, "teacher_precision": "nf4"}, None, "teacher_precision: it has no effect with alpha 0"),
     ({}, None, "inputs.teacher: alpha is not 0, so there must be one; write inputs: {teacher: model} or alpha: 0"),

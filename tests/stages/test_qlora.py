@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,10 +18,14 @@ from pipeline.stage import Context
 from pipeline.target import Target
 from stages.evaluate import Evaluate
 from stages.qlora import QLoRA, QLoRAOutputs, QLoRASpecs
+from stages.runtime.causal_loss import CausalLoss
 from stages.runtime.guard import check_checkpoint
 from stages.runtime.loading import load_model
+from stages.runtime.lora import DTYPES, add_lora, load_nf4
+from stages.runtime.training_settings import LoRAParams, TrainingParams, kept_bytes
 from stages.structured_prune import StructuredPrune
 from tests.stages.models import make_checkpoint, write_documents
+from tests.stages.processes import killed
 
 ASSETS = Path(__file__).parents[2] / "assets"
 SMALL = {"rank": 4, "num_samples": 12, "max_length": 32, "global_batch_size": 4, "learning_rate": 1e-3, "dtype": "fp32"}
@@ -150,13 +154,7 @@ def test_a_killed_training_continues_to_the_same_adapter(tmp_path: Path, source:
         if event["event"] == "progress" and event["label"] == "training" and event["done"] == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if not child:
-        try:
-            tune(tmp_path / "killed", source, text, die, {"checkpoint_minutes": 0}, **settings)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    killed(lambda: tune(tmp_path / "killed", source, text, die, {"checkpoint_minutes": 0}, **settings))
     assert [folder.name for folder in (tmp_path / "killed/training").glob("checkpoint-*")] == ["checkpoint-3"]
     saved = (tmp_path / "killed/training/checkpoint-3/model.safetensors").stat().st_size
     assert saved < 1.3 * expected.adapter.spec.nbytes  # the adapter, not the model
@@ -217,8 +215,40 @@ def test_memory_holds_the_base_in_four_bits_and_optimizer_states_for_the_adapter
     on_gpu = stage.memory(source.spec, TEXT, Target(name="gpu", gpus=1))
     assert "NF4 base" in on_gpu.vram and "NF4 base" not in on_gpu.ram
     less = QLoRA.from_dict({**SMALL, "dtype": "bf16"}, {"gradient_checkpointing": True}).memory(source.spec, TEXT, Target(name="cpu"))
-    assert less.ram["activations"] < need.ram["activations"]
+    assert less.ram["activations of a micro batch"] < need.ram["activations of a micro batch"]
     assert source.spec.nbytes > need.ram["NF4 base"] > source.spec.nbytes / 4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("lora", [None, LoRAParams(rank=4), LoRAParams(rank=4, lora_dropout=0.1)], ids=str)
+def test_what_a_layer_keeps_for_its_backward_pass_is_what_the_plan_counts(
+    tmp_path: Path, model_type: str, dtype: Literal["bf16", "fp32"], lora: LoRAParams | None
+) -> None:
+    """By what autograd saves of two layers more, and of twice the tokens."""
+    kept = {}
+    for layers in (1, 3):
+        source = checkpoint(make_checkpoint(tmp_path / str(layers), model_type, num_hidden_layers=layers))
+        model = load_nf4(source.path, "cpu", DTYPES[dtype]) if lora else load_model(source.path).float()
+        if lora:
+            add_lora(model, lora.rank, lora.lora_alpha, lora.lora_dropout, 0)
+        for length in (32, 64):
+            kept[layers, length] = saved_bytes(CausalLoss(model.train()), torch.arange(2 * length).view(2, length), dtype == "bf16")
+    found = (kept[3, 64] - kept[1, 64] - kept[3, 32] + kept[1, 32]) / (2 * 64)
+    assert found == pytest.approx(kept_bytes(TrainingParams(learning_rate=1, dtype=dtype), source.model_spec, lora), rel=0.01)
+
+
+def saved_bytes(module: torch.nn.Module, ids: torch.Tensor, autocast: bool) -> int:
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage  # which is held, so that no other gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, autocast):
+        module(input_ids=ids, labels=ids, attention_mask=None)
+    return sum(storage.nbytes() for storage in found.values())
 
 
 def test_the_plan_says_how_much_is_trained_on_what(source: DenseCheckpoint) -> None:

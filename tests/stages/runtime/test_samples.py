@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from pipeline.artifact import Dataset, DatasetSpec
+from pipeline.artifact import Checkpoint, Dataset, DatasetSpec
+from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime.samples import as_sample, collate, training_samples
 from stages.runtime.text import calibration_windows, load_tokenizer
-from tests.stages.models import save_tokenizer, write_documents
+from tests.stages.models import DIMENSIONS, save_tokenizer, write_documents
 from tests.stages.runtime.test_chat import CHATML
 
 
@@ -28,9 +30,12 @@ def chats(file: Path, *conversations: list[tuple[str, str]]) -> Dataset:
     return Dataset(file, DatasetSpec(split="train", format="messages", file_format="jsonl", digest="0", nbytes=file.stat().st_size))
 
 
-def make(model: Path, data: Dataset, num_samples: int, max_length: int, loss_on: Any = "assistant") -> tuple[Any, list[str]]:
+def make(
+    model: Path, data: Dataset, num_samples: int, max_length: int, loss_on: Any = "assistant", vocab_size: int = 307
+) -> tuple[Any, list[str]]:
     events: list[dict[str, Any]] = []
-    samples = training_samples(Context(model, events.append), model, data, num_samples, max_length, loss_on)
+    checkpoint = Checkpoint(model, ModelSpec.from_config({"model_type": "llama", **DIMENSIONS, "vocab_size": vocab_size}))
+    samples = training_samples(Context(model, events.append), checkpoint, data, num_samples, max_length, loss_on)
     return samples, [event["text"] for event in events]
 
 
@@ -82,3 +87,26 @@ def test_a_model_without_a_template_is_refused(model: Path, tmp_path: Path) -> N
     (model / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="train: the model has no chat template"):
         make(model, chats(tmp_path / "chats.jsonl", [("user", "a"), ("assistant", "b")]), 1, 64)
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|begin|>"])
+def test_a_mark_that_only_begins_documents_is_read_and_not_learned(model: Path, tmp_path: Path, end: str) -> None:
+    """As Llama's; where it is the end mark too, it is what a document ends with."""
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>", "eos_token": end})
+    mark = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", mark)])
+    tokenizer.save_pretrained(model)
+    samples, _ = make(model, Dataset(write_documents(tmp_path / "train.jsonl")), 20, 32, vocab_size=400)
+    inputs, labels = (torch.stack([samples[i][name] for i in range(20)]) for name in ("input_ids", "labels"))
+    assert (inputs[:, 1:] == mark).any()
+    learned = labels[:, :-1] != -100
+    assert torch.equal(learned, inputs[:, 1:] != mark) if end == "<|end|>" else learned.all()
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(model: Path, tmp_path: Path) -> None:
+    sentence = r"^inputs\.train: it encodes to token id \d+, but the model has a vocabulary of 200; the tokenizer in its folder"
+    with pytest.raises(ValueError, match=sentence):
+        make(model, Dataset(write_documents(tmp_path / "train.jsonl")), 6, 32, vocab_size=200)
+    with pytest.raises(ValueError, match=sentence):
+        make(model, chats(tmp_path / "chats.jsonl", [("user", "a"), ("assistant", "the dog")]), 1, 64, vocab_size=200)

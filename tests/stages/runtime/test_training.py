@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stages.runtime import training
 from stages.runtime.training import train, update_batches
 from stages.runtime.training_settings import TrainingExecution, TrainingParams
 from tests.stages.models import DIMENSIONS
+from tests.stages.processes import killed
 
 Sample = dict[str, torch.Tensor]
 
@@ -149,14 +151,10 @@ def half_a_file(value: Any, file: str) -> None:
     die()
 
 
-def killed(work: Path, events: Callable[[dict[str, Any]], None]) -> None:
-    """Train in a child process, saving after every update, that is killed as `events` arranges."""
-    child = os.fork()
-    if not child:
-        execution = TrainingExecution(micro_batch_size=2, checkpoint_minutes=0, device="cpu")
-        train(Context(work, events), Toy(0.5), samples(), stack, Params(epochs=3), execution, work)  # type: ignore[arg-type]
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+def train_and_die(work: Path, events: Callable[[dict[str, Any]], None], dropout: float = 0.5) -> None:
+    """Train in a child process, saving at every point of the curve, that is killed as `events` arranges."""
+    execution = TrainingExecution(micro_batch_size=2, checkpoint_minutes=0, device="cpu")
+    killed(lambda: train(Context(work, events), Toy(dropout), samples(), stack, Params(epochs=3), execution, work))  # type: ignore[arg-type]
 
 
 def at_update(update: int, then: Callable[[], None]) -> Callable[[dict[str, Any]], None]:
@@ -178,7 +176,7 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path: Path, place: 
         "before the older one is removed": lambda: patch.setattr(training.shutil, "rmtree", die),
     }
     work = tmp_path / "killed"
-    killed(work, at_update(7, injected[place]))
+    train_and_die(work, at_update(7, injected[place]))
 
     events: list[dict[str, Any]] = []
     module = Toy(0.5)
@@ -190,14 +188,38 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path: Path, place: 
     assert (metrics["first_train_loss"], metrics["train_loss"]) == (expected["first_train_loss"], expected["train_loss"])
 
 
+def test_a_continued_training_has_the_curve_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a point of it is the mean of several updates, and with another micro batch than before."""
+    monkeypatch.setattr(training, "CURVE_POINTS", 4)
+    whole, rest = [], []
+    expected = fit(tmp_path / "unbroken", Toy(0.5), whole, epochs=3)
+    train_and_die(tmp_path / "killed", at_update(7, die))
+    found = fit(tmp_path / "killed", Toy(0.5), rest, epochs=3)
+    assert [event["text"] for event in rest if event["event"] == "resumed"] == ["update 4 of 15"]
+    unbroken, continued = ([(e["step"], e["metrics"]) for e in events if e["event"] == "curve"] for events in (whole, rest))
+    assert [step for step, _ in unbroken] == [1, 4, 8, 12, 15] and continued == unbroken[2:]
+    assert found["train_loss"] == expected["train_loss"]
+
+    train_and_die(tmp_path / "other", at_update(7, die), dropout=0.0)
+    exact, split = Toy(), Toy()
+    fit(tmp_path / "exact", exact, epochs=3)
+    fit(tmp_path / "other", split, epochs=3, micro=3)
+    torch.testing.assert_close(split.head, exact.head, atol=1e-6, rtol=0)
+
+
+def test_time_and_tokens_are_those_of_all_attempts(tmp_path: Path) -> None:
+    train_and_die(tmp_path, at_update(12, die))
+    started = time.monotonic()
+    metrics = fit(tmp_path, Toy(0.5), epochs=3)
+    assert metrics["train_seconds"] > time.monotonic() - started
+    assert metrics["tokens_per_second"] * metrics["train_seconds"] == pytest.approx(60 * 6)
+
+
 def test_a_training_killed_after_its_last_update_only_loads(tmp_path: Path) -> None:
     trained, loaded = Toy(), Toy()
     metrics = fit(tmp_path, trained, pause=0)
-    again = fit(tmp_path, loaded)
+    assert fit(tmp_path, loaded) == metrics  # time and tokens too are those of the attempt that computed
     assert torch.equal(trained.head, loaded.head)
-    assert {name: again[name] for name in ("train_loss", "first_train_loss")} == {
-        name: metrics[name] for name in ("train_loss", "first_train_loss")
-    }
 
 
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:

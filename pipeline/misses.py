@@ -1,0 +1,38 @@
+"""Why a node is not in the store: what is new about it, down to the field, against the most similar execution that is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.artifact import Manifest
+from pipeline.identity import backend_versions
+from pipeline.stage import Stage
+from pipeline.store import Store
+
+
+def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
+    """What is new against the most similar execution in the store, down to the field."""
+    params, backend = stage.params.model_dump(mode="json"), backend_versions(stage.libraries)
+    best: list[str] | None = None
+    for _, manifest in store.all(stage.name):
+        changes = _changes(manifest, stage, params, inputs, backend)
+        if best is None or len(changes) < len(best):
+            best = changes
+    if best is None:
+        return "never run"
+    return ", ".join(best[:3]) + (f" and {len(best) - 3} more" if len(best) > 3 else "") if best else "its files are damaged"
+
+
+def _changes(
+    manifest: Manifest, stage: Stage, params: Mapping[str, Any], inputs: Mapping[str, str], backend: Mapping[str, str]
+) -> list[str]:
+    changes = [f"input {port}: another one" for port in sorted(inputs) if inputs[port] != manifest.inputs.get(port)]
+    pairs = [("params.", params, manifest.params), ("", backend, manifest.backend)]
+    for prefix, new, old in pairs:
+        changes += [
+            f"{prefix}{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+            for name in sorted(set(new) | set(old))
+            if new.get(name) != old.get(name)
+        ]
+    if stage.version != manifest.version:
+        changes.append(f"version: {manifest.version} -> {stage.version}")
+    return changes
