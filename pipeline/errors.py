@@ -63,7 +63,8 @@ class Interrupted(LlmpressError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'gptq'?` when something is close, else `; there are: awq, gptq`."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
+    longer = [name for name in known if word and name.startswith(word)]
+    close = longer[-1:] or difflib.get_close_matches(word, known, n=1)  # of `a100_40gb` and `a100_80gb`, the larger
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; there are: {', '.join(known)}" if known else ""

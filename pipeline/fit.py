@@ -194,8 +194,9 @@ def _changes(spec: ModelSpec, target: Target, found: Fit, targets: Mapping[str, 
         yield Change(setting="kv_cache", value="per_token_head", share=0, sentence=sentence)
     yield from _less("context", found.context, found.longest_context)
     yield from _less("batch", found.batch, found.largest_batch)
-    yield from _narrower(spec, target, fits)
-    yield from _fewer_heads(spec, target, fits)
+    if spec.architecture.experts is None:  # those are not pruned yet
+        yield from _narrower(spec, target, fits)
+        yield from _fewer_heads(spec, target, fits)
     larger = [
         (name, other)
         for name, other in targets.items()

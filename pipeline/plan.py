@@ -5,9 +5,11 @@ A plan needs no weights, no torch and well under a second. The executor takes on
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from omegaconf import OmegaConf
 
 from pipeline.artifact import (
     Artifact,
@@ -21,6 +23,7 @@ from pipeline.artifact import (
     tokenizer_digest,
 )
 from pipeline.errors import InputProblems, RecipeError
+from pipeline.fit import Fit, fit
 from pipeline.graph import LATEST_PORTS, SOURCE_MODEL, Graph, Node, Ref, build
 from pipeline.identity import DigestMemo, digest, non_default, output_key, stage_key
 from pipeline.misses import explain_miss
@@ -29,7 +32,7 @@ from pipeline.source import check_disjoint, open_model, open_split
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
 from pipeline.store import Store, digests_read
-from pipeline.target import Memory
+from pipeline.target import Memory, Target
 
 Status = Literal["hit", "miss", "pending"]
 
@@ -60,6 +63,7 @@ class Plan:
     digest: str  # of the recipe; names the run's folder
     nodes: tuple[PlannedNode, ...]
     sources: Mapping[Ref, Artifact]
+    fit: Fit | None = None  # of the final model under the recipe's `serve` load
 
     @property
     def final(self) -> Ref:
@@ -116,7 +120,24 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
         raise RecipeError(problems)
     if execute:
         memo.save()
-    return Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
+    plan = Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
+    return replace(plan, fit=_fit(plan, resources)) if recipe.serve else plan
+
+
+def _fit(plan: Plan, resources: Path) -> Fit:
+    """RecipeError where the load or the target makes no sense."""
+    serve = plan.recipe.serve
+    assert serve is not None
+    others = {file.stem: Target.model_validate(OmegaConf.to_container(OmegaConf.load(file))) for file in target_files(resources)}
+    try:
+        return fit(plan.final_spec, plan.recipe.target, serve.context, serve.batch, others)
+    except InputProblems as error:
+        raise RecipeError(error.problems) from None
+
+
+def target_files(resources: Path) -> list[Path]:
+    """Of the machines that come with llmpress, this one aside."""
+    return [file for file in sorted((resources / "conf" / "target").glob("*.yaml")) if file.stem != "host"]
 
 
 def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:

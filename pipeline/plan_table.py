@@ -24,7 +24,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "target": plan.recipe.target.model_dump(),
         "source": {"key": plan.source.key, **_model_facts(plan.source.model_spec)},
         "final": str(plan.final),
-        "serving": serving(plan) if plan.recipe.serve else None,
+        "serving": plan.fit.model_dump(mode="json") if plan.fit else None,
         "nodes": [_node_json(node) for node in plan.nodes],
     }
 
@@ -84,8 +84,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     lines += [f"  {node.name}: to run ({node.reason})" for node in plan.nodes if node.status == "miss"]
     if any(node.status == "pending" for node in plan.nodes):
         lines.append("  digest of the source model pending: hit or miss is known once it has been computed (it is when the recipe runs)")
-    if plan.recipe.serve is not None:
-        lines.append(f"  {serving(plan)}")
+    if plan.fit is not None:
+        lines += [f"  {sentence}" for sentence in plan.fit.sentences()]
     if lines:
         console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
@@ -99,22 +99,6 @@ def _size_of_other(node: PlannedNode) -> str:
 def _kind(kind: type[Artifact]) -> str:
     """`dense` or `quantized` of a checkpoint, else what its output is called."""
     return kind.__name__.removesuffix("Checkpoint").lower() if issubclass(kind, Checkpoint) else kind.port
-
-
-def serving(plan: Plan) -> str:
-    """What the final model takes on the target under the recipe's `serve` load: weights and KV cache, without the engine's own share."""
-    serve, target = plan.recipe.serve, plan.recipe.target
-    spec = plan.final_spec
-    assert serve is not None
-    cache = spec.kv_cache.bytes_per_token * serve.context * serve.batch
-    load = (
-        f"serving {serve.batch} x {serve.context} tokens takes {format_size(spec.nbytes)} of weights and {format_size(cache)} of KV cache"
-    )
-    room = (target.memory or 0) * max(target.gpus, 1) or target.ram
-    if room is None:
-        return load
-    verdict = "more than" if spec.nbytes + cache > room else "within"
-    return f"{load}: {format_size(spec.nbytes + cache)}, {verdict} the {format_size(room)} of {target.name}"
 
 
 def _sizes(spec: ModelSpec) -> tuple[str, str, str]:

@@ -67,7 +67,7 @@ def decode_work(spec: ModelSpec, context: int, batch: int) -> Work:
     reads its active share; tokens choose independently, so that a large batch reads all.
     """
     cache = spec.kv_cache.bytes_per_token * context * batch
-    touched = 1 - (1 - _active(spec) / spec.num_parameters) ** batch
+    touched = 1 - (1 - spec.active_parameters / spec.num_parameters) ** batch
     compute = 2 * _multiplied(spec) + _attention_flops(spec, context)
     return Work(flops=batch * compute, nbytes=_weights_read(spec) * touched + cache)
 
@@ -117,18 +117,13 @@ def prefill_tokens_per_second(spec: ModelSpec, target: Target, context: int) -> 
     return context / duration
 
 
-def _active(spec: ModelSpec) -> int:
-    """Parameters that one token uses."""
-    return spec.num_parameters
-
-
 def _table_size(spec: ModelSpec) -> int:
     return spec.architecture.vocab_size * spec.architecture.hidden_size
 
 
 def _multiplied(spec: ModelSpec) -> int:
     """Weights that a token is multiplied with, at two FLOP each: not those of an embedding, unless it is tied and so the head too."""
-    return _active(spec) - (0 if spec.architecture.tied else _table_size(spec))
+    return spec.active_parameters - (0 if spec.architecture.tied else _table_size(spec))
 
 
 def _weights_read(spec: ModelSpec) -> int:

@@ -36,12 +36,16 @@ def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute
         if model.path:
             folder = _place(model.path, resources, where)
             spec = _read_spec(folder)
+            _check_runs(spec, execute)
             _check_folder(folder, spec, execute)
             return _typed(folder, spec, _local_key(folder, memo, execute))
-        if model.architecture is not None and not (execute and model.id):
-            if execute:
+        if model.architecture is not None:
+            spec = ModelSpec.from_config(model.architecture)
+            _check_runs(spec, execute)
+            if not execute:
+                return _typed(Path(), spec, "")
+            if not model.id:
                 raise ValueError(f"it is an architecture without weights, which can be planned but not run; give {where}.path=/folder")
-            return _typed(Path(), ModelSpec.from_config(model.architecture), "")
         return _hub_model(model, execute, where)
     except (ValueError, OSError) as error:  # CheckpointFileError and config problems are ValueErrors
         raise RecipeError(f"{where}: {error}") from None
@@ -116,6 +120,15 @@ def _read_spec(folder: Path) -> ModelSpec:
     return spec.with_cache(cache.mode if cache else None)
 
 
+def _check_runs(spec: ModelSpec, execute: bool) -> None:
+    """ValueError where the model can only be planned for, because no stage runs on it yet."""
+    if execute and spec.architecture.experts:
+        raise ValueError(
+            f"{spec.architecture.model_type} is a mixture of experts, whose compression can be planned but not run yet; "
+            "write mode=plan, or give a dense model"
+        )
+
+
 def _check_folder(folder: Path, spec: ModelSpec, execute: bool) -> None:
     """CheckpointFileError unless the folder is exactly the model that its config.json describes, with a tokenizer that can be read."""
     if (folder / ADAPTER).exists():
@@ -178,16 +191,18 @@ def _hub_model(model: ModelSource, execute: bool, where: str) -> Checkpoint:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     assert model.id
-    wanted = HUB_FILES if execute else ["config.json", CACHE_FILE]
+    described = ["config.json", CACHE_FILE]
     try:
         try:
-            commit = HfApi().model_info(model.id, revision=model.revision).sha or model.revision
+            commit, offline = HfApi().model_info(model.id, revision=model.revision).sha or model.revision, False
         except (httpx.TransportError, ConnectionError):
-            folder = Path(snapshot_download(model.id, revision=model.revision, allow_patterns=wanted, local_files_only=True))
-            commit = folder.name
-        else:
-            folder = Path(snapshot_download(model.id, revision=commit, allow_patterns=wanted))
+            commit, offline = model.revision, True
+        folder = Path(snapshot_download(model.id, revision=commit, allow_patterns=described, local_files_only=offline))
+        commit = folder.name if offline else commit
         spec = _read_spec(folder)
+        _check_runs(spec, execute)  # before a hundred gigabytes are fetched for nothing
+        if execute:
+            snapshot_download(model.id, revision=commit, allow_patterns=HUB_FILES, local_files_only=offline)
     except (OSError, httpx.HTTPError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(

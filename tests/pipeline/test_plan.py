@@ -299,3 +299,21 @@ def test_a_model_that_no_stage_names_is_checked_and_changes_nothing(config: dict
     assert plan_of({**config, "models": {"large": config["model"]}}, tmp_path / "outputs").digest == before
     with pytest.raises(RecipeError, match=r"^models\.large: .*absent is not a folder"):
         plan_of({**config, "models": {"large": {"path": str(tmp_path / "absent")}}}, tmp_path / "outputs")
+
+
+def test_the_plan_says_whether_the_load_fits_the_target(config: dict[str, Any], tmp_path: Path) -> None:
+    assert plan_of(config, tmp_path / "outputs").fit is None  # nothing is asked
+    config["target"] = {"name": "card", "gpus": 1, "memory": "4GiB", "reserve": "1GiB"}
+    config["serve"] = {"context": 256, "batch": 2}
+    plan = plan_of(config, tmp_path / "outputs")
+    assert plan.fit is not None and plan.fit.fits
+    assert (plan.fit.weights, plan.fit.cache) == (plan.final_spec.nbytes, 512 * plan.final_spec.kv_cache.bytes_per_token)
+    config["target"] |= {"memory": "1GiB"}
+    small = plan_of(config, tmp_path / "outputs").fit
+    assert small is not None and not small.fits
+
+
+def test_a_load_that_makes_no_sense_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    config["serve"] = {"context": 100_000, "batch": 1}
+    with pytest.raises(RecipeError, match=r"^serve\.context: "):
+        plan_of(config, tmp_path / "outputs")

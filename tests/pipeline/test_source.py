@@ -1,5 +1,6 @@
 """Sources are checked before any work: hub models through the hub's own cache, local folders, and data, each problem one sentence."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import source
 from pipeline.artifact import Checkpoint, Dataset
 from pipeline.errors import RecipeError
+from pipeline.headers import read_json
 from pipeline.identity import DigestMemo, hub_key
 from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.recipe import DataSource, ModelSource
@@ -61,6 +63,25 @@ def test_a_cached_hub_model_is_known_by_its_commit(cache: Path) -> None:
     assert (kind, key) == ("DenseCheckpoint", hub_key("org/tiny", COMMIT))
     assert path.endswith(COMMIT)
     assert opened(cache, "org/tiny", "plan").split()[1] == key
+
+
+def test_a_mixture_of_experts_is_planned_for_but_not_run(tmp_path: Path) -> None:
+    refused = r"^model: mixtral is a mixture of experts, whose compression can be planned but not run yet; write mode=plan, or give"
+    folder = make_checkpoint(tmp_path / "experts", model_type="mixtral", num_local_experts=2, num_experts_per_tok=1)
+    architecture = read_json(folder / "config.json")
+    for model in (ModelSource(path=str(folder)), ModelSource(id="org/not-asked-for", architecture=architecture)):
+        assert open_model(model, Path(), DigestMemo(tmp_path / "memo"), execute=False).model_spec.architecture.experts
+        with pytest.raises(RecipeError, match=refused):
+            open_model(model, Path(), DigestMemo(tmp_path / "memo"), execute=True)
+
+
+def test_experts_of_the_hub_are_refused_by_their_config_alone(cache: Path) -> None:
+    snapshot = cache / "hub" / "models--org--tiny" / "snapshots" / COMMIT
+    config = read_json(snapshot / "config.json") | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot / "model.safetensors").unlink()
+    assert opened(cache, "org/tiny", "run").startswith("model: mixtral is a mixture of experts")
+    assert opened(cache, "org/tiny", "plan").startswith("DenseCheckpoint")
 
 
 @pytest.mark.parametrize("model", ["org/absent", "not a name"])
