@@ -28,6 +28,7 @@ from pipeline.graph import LATEST_PORTS, SOURCE_MODEL, Graph, Node, Ref, build
 from pipeline.identity import DigestMemo, digest, non_default, output_key, stage_key
 from pipeline.misses import explain_miss
 from pipeline.recipe import Recipe
+from pipeline.roofline import Work, dollars, seconds
 from pipeline.source import check_disjoint, open_model, open_split
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
@@ -52,6 +53,9 @@ class PlannedNode:
     status: Status
     reason: str  # of a miss, down to the field
     notes: tuple[str, ...] = ()
+    work: Work | None = None  # None: the stage does not say
+    seconds: float | None = None  # on the recipe's machine; None: the machine states no peak, or the stage no work
+    dollars: float | None = None  # None: neither time nor price may be missing
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,8 @@ class _Evaluation:
         if status == "miss":
             self.missed.add(node.name)
         inserted = (f"inserted: {node.why}",) if node.why else ()
+        machine, work = self.recipe.machine, node.stage.work(**specs)
+        lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
         return PlannedNode(
             name=node.name,
             stage=node.stage,
@@ -203,10 +209,13 @@ class _Evaluation:
             key=key,
             types={port: graph.types[Ref(node.name, port)] for port in ports},
             expected=expected,
-            memory=node.stage.memory(target=self.recipe.target, **specs),
+            memory=node.stage.memory(target=machine, **specs),
             status=status,
             reason=reason,
             notes=(*inserted, *node.stage.explain(**specs)),
+            work=work,
+            seconds=lasts,
+            dollars=dollars(lasts, machine),
         )
 
     @staticmethod

@@ -96,6 +96,12 @@ class Recipe:
     serve: ServeLoad | None
     convert: Literal["auto", "never"]
     models: Mapping[str, ModelSource] = field(default_factory=dict)  # others that stages name as inputs, such as a larger teacher
+    compute: Target | None = None  # the machine that runs the stages, where it is not the target
+
+    @property
+    def machine(self) -> Target:
+        """Where the stages run."""
+        return self.compute or self.target
 
 
 class TrackingSettings(Frozen):
@@ -120,6 +126,7 @@ class Settings(Frozen):
     format: Literal["table", "json"] = "table"
     outputs: str = "outputs"
     export_to: str | None = None
+    fit: Literal["refuse", "warn"] = "refuse"
     tracking: TrackingSettings = TrackingSettings()
 
 
@@ -155,7 +162,7 @@ def _hostile(value: Any, path: str) -> Iterator[str]:
 def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]:
     """Validate a composed config (plain containers, interpolations resolved). RecipeError with every problem."""
     problems: list[str] = []
-    known = {"order", "stages", "model", "models", "data", "target", "serve", "convert", *Settings.model_fields}
+    known = {"order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", *Settings.model_fields}
     for key in sorted(set(config) - known):
         problems.append(f"{key}: there is no such setting{did_you_mean(key, known)}")
     stages = {}
@@ -168,7 +175,8 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
     models = _read_models(config.get("models") or {}, problems)
     data = _validated(DataSource, config.get("data") or {}, "data", problems)
     settings = _read_settings(config, problems)
-    target = _read_target(config.get("target") or {}, problems)
+    target = _validated(Target, config.get("target") or {}, "target", problems)
+    compute = _validated(Target, config["compute"], "compute", problems) if config.get("compute") else None
     serve = _validated(ServeLoad, config["serve"], "serve", problems) if config.get("serve") else None
     convert = config.get("convert", "auto")
     if convert not in ("auto", "never"):
@@ -176,7 +184,7 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
     if problems:
         raise RecipeError(problems)
     assert model and data and settings and target
-    return Recipe(name, order, stages, model, data, target, serve, convert, models), settings
+    return Recipe(name, order, stages, model, data, target, serve, convert, models, compute), settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -209,10 +217,6 @@ def _read_models(content: Any, problems: list[str]) -> dict[str, ModelSource]:
     ]
     read = {name: _validated(ModelSource, source, f"models.{name}", problems) for name, source in content.items() if name not in bare}
     return {name: source for name, source in read.items() if source is not None}
-
-
-def _read_target(content: Any, problems: list[str]) -> Target | None:
-    return Target.host() if content == {"name": "host"} else _validated(Target, content, "target", problems)
 
 
 def _read_stage(node: Any, content: Any, problems: list[str]) -> StageConfig | None:

@@ -28,17 +28,24 @@ def nominal_bytes(parameters: float, bits: float) -> float:
 
 
 class Work(Frozen):
-    """What a stage computes (FLOP) and what it moves between a processor and its memory (bytes). Works that follow each other add."""
+    """What a stage computes (FLOP at the 16-bit rate) and moves between a processor and its memory (bytes); what it reads from and writes
+    to files (bytes); and what one core does alone, on a machine with GPUs too (seconds). Works that follow each other add.
+    """
 
     flops: float = 0
     nbytes: float = 0
+    disk: float = 0
+    cpu: float = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(flops=self.flops + other.flops, nbytes=self.nbytes + other.nbytes)
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
 
 
 def seconds(work: Work, target: Target, utilisation: float = UTILISATION, devices: int = 1) -> float | None:
-    """Time of that work on `devices` of the target's processors, each at that share of its peak. None where a peak is not known."""
+    """Time of that work on `devices` of the target's processors, each at that share of its peak. None where a peak is not known.
+
+    Files are read and written, and single cores work, while the processors wait.
+    """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation: {utilisation} is not a share of the peak; write a number above 0 and up to 1")
     times = []
@@ -47,7 +54,7 @@ def seconds(work: Work, target: Target, utilisation: float = UTILISATION, device
             return None
         if rate is not None:
             times.append(amount / (rate * utilisation * devices))
-    return max(times, default=0.0)
+    return max(times, default=0.0) + work.disk / target.disk_bandwidth + work.cpu
 
 
 def dollars(duration: float | None, target: Target) -> float | None:

@@ -19,7 +19,7 @@ import importlib
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -31,7 +31,8 @@ from pydantic import Field
 from pipeline.artifact import Artifact
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
-from pipeline.target import Memory, Size
+from pipeline.roofline import Work
+from pipeline.target import Memory, Size, Target
 
 BUILT_IN = {
     "structured_prune": "stages.structured_prune:StructuredPrune",
@@ -127,7 +128,19 @@ class Stage(ABC):
 
     @abstractmethod
     def memory(self, *args: Any, **specs: Any) -> Memory:
-        """Peak need from the inputs' specs (by port) and `target`."""
+        """Peak need from the inputs' specs (by port) on `target`, the machine that the stage runs on; libraries not counted."""
+
+    def work(self, *args: Any, **specs: Any) -> Work | None:
+        """What it computes and moves, from the inputs' specs (by port), for the plan's hours. None: not known."""
+        return None
+
+    def lighter(self, *args: Any, **specs: Any) -> Iterator[tuple[str, "Stage", dict[str, Any]]]:
+        """Changes that take less memory, the nearest first: what to write, the stage and its input specs with that one change made."""
+        yield from ()
+
+    def on_gpu(self, target: Target) -> bool:
+        """Whether it computes on a GPU of that machine."""
+        return target.cuda and getattr(self.execution, "device", "auto") != "cpu"
 
     @abstractmethod
     def run(self, ctx: Context, *args: Any, **inputs: Any) -> Any:

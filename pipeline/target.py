@@ -117,6 +117,7 @@ class Target(Frozen):
     unified: bool = False  # CPU and GPU share one memory: `memory` is the part of `ram` that the GPU may take
     flops: Flops | None = Field(default=None, gt=0)  # FLOP/s in bf16, dense (data sheets like to print twice that, for sparse matrices)
     bandwidth: Bandwidth | None = Field(default=None, gt=0)  # bytes per second between a processor and its memory
+    disk_bandwidth: Bandwidth = Field(default=1e9, gt=0)  # bytes per second of its files: assumed; an NVMe disk has 2 to 7 GB/s
     reserve: Size | None = Field(default=None, ge=0)  # bytes that the engine keeps from weights and cache; None: see `kept`
     price: float | None = Field(default=None, ge=0)  # dollars per hour, all GPUs together
     price_date: Day | None = None
@@ -142,6 +143,15 @@ class Target(Frozen):
     def host(cls) -> "Target":
         """This machine, as the operating system describes it."""
         return cls(name="host")
+
+    @property
+    def cuda(self) -> bool:
+        """Whether stages compute on a GPU there: they use CUDA or the CPU, so that of a unified memory they use the CPU's side."""
+        return self.gpus > 0 and not self.unified
+
+    def without_gpus(self) -> "Target":
+        """What computes there beside the GPUs: of a machine that has some, neither FLOP/s nor bandwidth are known."""
+        return self.model_copy(update={"gpus": 0, "memory": None, "flops": None, "bandwidth": None}) if self.gpus else self
 
     @property
     def devices(self) -> int:

@@ -74,7 +74,7 @@ class AWQ(Stage):
         }
         held = calibration_memory(self.params, self.execution, model, packed, changed)
         ram = held.ram | {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
-        if target.gpus:
+        if self.on_gpu(target):
             return held.model_copy(update={"ram": ram | probe_memory(model), "vram": {"one layer": layer_bytes(model), **search}})
         return held.model_copy(update={"ram": ram | search})
 

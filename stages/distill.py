@@ -82,7 +82,7 @@ class Distill(Stage):
     def memory(self, student: ModelSpec, train: DatasetSpec, target: Target, teacher: ModelSpec | LogitsSpec | None = None) -> Memory:
         p, shape, adapts = self.params, student.architecture, self.params.method == "lora"
         trained = adapter_spec(student, p.adapter.rank).num_parameters if adapts else student.num_parameters
-        on_gpu = bool(target.gpus) and self.execution.device != "cpu"
+        on_gpu = self.on_gpu(target)
         processes = read_config(self.execution.accelerate_config) if self.execution.accelerate_config else ALONE
         held = {  # by each process
             "student, frozen in NF4": nf4_bytes(student, double_quant=True, item=p.item) if adapts else 0,

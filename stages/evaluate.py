@@ -83,8 +83,7 @@ class Evaluate(Stage):
                 items[f"{name}, keys and values of one layer, dequantized"] = one_layer * (item + 4)  # by way of fp32
         items["logits of a chunk of tokens"] = LOGITS_BUFFERS * LOGITS_BYTES
         held["the dataset's text and token ids"] = 10 * eval.nbytes
-        on_gpu = target.gpus > 0 and self.execution.device != "cpu"
-        return Memory(ram=held, vram=items) if on_gpu else Memory(ram=held | items)
+        return Memory(ram=held, vram=items) if self.on_gpu(target) else Memory(ram=held | items)
 
     def _weights(self, models: Sequence[tuple[str, ModelSpec]]) -> tuple[dict[str, int], dict[str, int]]:
         """What the models take, apart from their activations: always in RAM, and on the device that computes."""

@@ -51,7 +51,7 @@ class GPTQ(Stage):
         }
         changed = {name for group in linears for name in group.module_names}
         held = calibration_memory(self.params, self.execution, model, quantized, changed)
-        if target.gpus:
+        if self.on_gpu(target):
             vram = {"one layer": sum(4 * g.shape[0] * g.shape[1] for g in linears), **layer}
             return held.model_copy(update={"ram": held.ram | probe_memory(model), "vram": vram})
         return held.model_copy(update={"ram": held.ram | layer})

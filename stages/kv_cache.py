@@ -88,7 +88,7 @@ class KVCache(Stage):
         if self.params.mode != "static":
             return Memory()
         sweep, disk = sweep_memory(model, *self._calibration), {"scales": 2 * 4 * model.kv_cache.layers * model.kv_cache.kv_heads}
-        if target.gpus and self.execution.device != "cpu":
+        if self.on_gpu(target):
             return Memory(ram={HIDDEN_STATES: sweep.pop(HIDDEN_STATES)}, vram=sweep, disk=disk)
         return Memory(ram=sweep, disk=disk)
 

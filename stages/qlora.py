@@ -71,7 +71,7 @@ class QLoRA(Stage):
         return QLoRASpecs(model=model, adapter=adapter) if self.params.merge else adapter
 
     def memory(self, model: ModelSpec, train: DatasetSpec, target: Target) -> Memory:
-        adapter, on_gpu = adapter_spec(model, self.params.rank), bool(target.gpus) and self.execution.device != "cpu"
+        adapter, on_gpu = adapter_spec(model, self.params.rank), self.on_gpu(target)
         held = {
             "NF4 base": nf4_bytes(model, self.params.double_quant, self.params.item),
             "adapter, its gradient and AdamW's moments": 4 * adapter.nbytes,

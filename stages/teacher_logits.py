@@ -89,7 +89,7 @@ class RecordTeacher(Stage):
                 "logits of a slice": CHUNK_BUFFERS * 4 * MICRO_BATCH_TOKENS * min(VOCABULARY_ROWS, shape.vocab_size),
             }
         disk = {"logits": layout.spec.nbytes}
-        if target.gpus and self.execution.device != "cpu":
+        if self.on_gpu(target):
             return Memory(ram=ram, vram=model, disk=disk)
         return Memory(ram=ram | model, disk=disk)
 

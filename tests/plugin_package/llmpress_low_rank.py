@@ -44,7 +44,7 @@ class LowRank(Stage):
         factors = {"one matrix and its singular vectors": 4 * 4 * a.hidden_size * (a.hidden_size + a.intermediate_size)}
         written = {"the matrix as it is read and written": 2 * a.hidden_size * a.intermediate_size * ITEM_BYTES[model.dtype]}
         disk = {"checkpoint": model.nbytes}
-        if target.gpus and self.execution.device != "cpu":
+        if self.on_gpu(target):
             return Memory(vram=factors, ram=written, disk=disk)
         return Memory(ram=factors | written, disk=disk)
 
