@@ -6,7 +6,8 @@ Types are nominal and few, and legal order is their subtype relation:
              > Adapter          low-rank weights for a checkpoint, as peft saves them
              > Dataset
              > TeacherLogits    what a teacher said of a text
-             > EvalReport
+             > EvalReport       how good a checkpoint is
+             > Benchmark        how fast one is, and how much memory it takes, on one machine
 
 A checkpoint is an ordinary Hugging Face folder; `artifact.json` stands beside its files and is written last, so its
 existence means that the folder is whole.
@@ -26,18 +27,25 @@ from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 
 MANIFEST = "artifact.json"
-FileFormat = Literal["jsonl", "txt"]
-DataFormat = Literal["text", "messages"]
+FileFormat = Literal["jsonl", "txt", "parquet", "folder"]
+DataFormat = Literal["text", "messages", "tasks"]
+SUFFIXES: dict[str, FileFormat] = {".jsonl": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 
 
 class DatasetSpec(Frozen):
-    """One split of a dataset: a file of documents. `digest` is over its content, never over its path."""
+    """One split of a dataset: a file of documents, or a folder of evaluation tasks. `digest` is over its content, never over its path.
+
+    Of a hub dataset that is not here yet, the digest is empty and `nbytes` what the hub says of its size.
+    """
 
     split: str
     format: DataFormat = "text"
     file_format: FileFormat | None = None  # how the file is parsed; None: by its suffix
     digest: str
     nbytes: int
+    documents: int | None = None  # or conversations; None: not counted
+    tasks: tuple[str, ...] = ()  # names of tasks and groups of tasks, of a folder of such
+    origin: str = ""  # of a hub dataset: id, config, split, column and commit
 
 
 class AdapterSpec(Frozen):
@@ -105,7 +113,15 @@ class Manifest(Frozen):
     fingerprint: str
     seconds: float
     peak_rss: int
+    floor_rss: int | None = None  # of it, what was resident before the stage began: interpreter and libraries. None: not known
+    peak_vram: int | None = None  # reserved by torch; None: no GPU was used
+    tensor_bytes: int | None = None  # of a checkpoint, as its files' headers say
     created: str
+
+    @property
+    def peak_ram(self) -> int | None:
+        """Bytes that the stage itself took at most, which is what a plan predicts. None: not known."""
+        return None if self.floor_rss is None else max(self.peak_rss - self.floor_rss, 0)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -155,7 +171,7 @@ class QuantizedCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class Dataset(Artifact):
-    """One split of documents or of conversations, in a file (pipeline/documents.py)."""
+    """One split of documents or of conversations, in a file (pipeline/documents.py), or a folder of tasks (pipeline/task_names.py)."""
 
     port: ClassVar[str] = "data"
 
@@ -164,21 +180,26 @@ class Dataset(Artifact):
         """As its spec says: the path may be that of a link's target or of a copy, named otherwise."""
         if isinstance(self.spec, DatasetSpec) and self.spec.file_format:
             return self.spec.file_format
-        return "jsonl" if self.path.suffix == ".jsonl" else "txt"
+        return SUFFIXES.get(self.path.suffix, "txt")
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yield (id, text) of a `text` split. ValueError as of `read_documents`."""
-        if self.is_chat:
-            raise ValueError(f"{self.path.name} holds conversations (format: messages); plain text is needed here")
+        if self.format != "text":
+            held = "conversations" if self.is_chat else "evaluation tasks"
+            raise ValueError(f"{self.path.name} holds {held} (format: {self.format}); plain text is needed here")
         return read_documents(self.path, self.file_format)
 
     def conversations(self) -> Iterator[tuple[str, list[Message]]]:
         """Yield (id, [{"role", "content"}, ...]) of a `messages` split. ValueError as of `read_conversations`."""
-        return read_conversations(self.path)
+        return read_conversations(self.path, self.file_format)
+
+    @property
+    def format(self) -> DataFormat:
+        return self.spec.format if isinstance(self.spec, DatasetSpec) else "text"
 
     @property
     def is_chat(self) -> bool:
-        return isinstance(self.spec, DatasetSpec) and self.spec.format == "messages"
+        return self.format == "messages"
 
 
 @dataclass(frozen=True)
@@ -202,8 +223,25 @@ class EvalReport(Artifact):
     port: ClassVar[str] = "report"
 
 
+@dataclass(frozen=True)
+class Benchmark(Artifact):
+    """`benchmark.json`: speed and memory of one checkpoint with one engine on one machine."""
+
+    port: ClassVar[str] = "benchmark"
+
+
+@dataclass(frozen=True)
+class Verdict(Artifact):
+    """`verdict.json`: whether a metric is within its limit (pipeline/verdict.py)."""
+
+    port: ClassVar[str] = "verdict"
+
+
+MEASUREMENTS = (EvalReport, Benchmark, Verdict)  # they say something of a model and make none
+
 TYPES: dict[str, type[Artifact]] = {
-    cls.__name__: cls for cls in (Artifact, Checkpoint, DenseCheckpoint, QuantizedCheckpoint, Adapter, Dataset, TeacherLogits, EvalReport)
+    cls.__name__: cls
+    for cls in (Artifact, Checkpoint, DenseCheckpoint, QuantizedCheckpoint, Adapter, Dataset, TeacherLogits, *MEASUREMENTS)
 }
 
 

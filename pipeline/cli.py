@@ -15,7 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import compose
@@ -70,7 +70,11 @@ def _main(arguments: list[str]) -> int:
     try:
         compose.register()
         sys.argv[1:] = compose.take_recipe_files(arguments)
-        hydra.main(config_path=str(compose.resources() / "conf"), config_name="config", version_base="1.3")(task)()
+        folder = str(compose.resources() / "conf")
+        if any(argument.startswith("-") or "hydra" in argument for argument in sys.argv[1:]):
+            hydra.main(config_path=folder, config_name="config", version_base="1.3")(task)()
+        else:
+            task(_composed(folder, sys.argv[1:]))
     except (HydraException, OmegaConfBaseException) as error:
         raise compose.explain(error) from None
     finally:
@@ -78,6 +82,16 @@ def _main(arguments: list[str]) -> int:
     if failed:
         raise failed[0]
     return 0
+
+
+def _composed(folder: str, overrides: list[str]) -> DictConfig:
+    """The config of a run without Hydra's own flags and settings. `hydra.main` would compose it twice, first to look for a sweep."""
+    with hydra.initialize_config_dir(folder, job_name="run", version_base="1.3"):
+        config = hydra.compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def _job(config: DictConfig, server: ForkServer) -> dict[str, float]:

@@ -54,6 +54,16 @@ class StoreError(LlmpressError):
     exit_code = 5
 
 
+class GateFailed(LlmpressError):
+    """A quality gate said no. The model that it judged is kept; `node` is the gate's."""
+
+    exit_code = 6
+
+    def __init__(self, node: str, sentence: str):
+        self.node = node
+        super().__init__(f"{node}: {sentence}")
+
+
 class Interrupted(LlmpressError):
     """Ctrl-C or SIGTERM: what had been published stays, the running stage is stopped."""
 

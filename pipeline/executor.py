@@ -10,6 +10,7 @@ Everything that happens is told to `listeners` as plain dicts with "event", "tim
     resumed        text: from where
     node_hit, node_finished   seconds, key, path, nbytes, metrics, peak_rss, notes
     node_failed    reason, log
+    gate           outcome, reaction (pass, warn or stop), sentence
 Listeners run in this process, in order, and observe only: one that raises is reported once and the run goes on.
 """
 
@@ -22,18 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Manifest, Provenance
+from pipeline.artifact import Artifact, Manifest, Provenance, Verdict
 from pipeline.attempt import Attempt
-from pipeline.errors import Interrupted, LlmpressError, PlanError, StoreError
-from pipeline.graph import LATEST_PORTS, Ref
+from pipeline.errors import GateFailed, Interrupted, LlmpressError, PlanError, StoreError
+from pipeline.graph import Ref, worked_on
 from pipeline.identity import fingerprint
 from pipeline.job import run_job
-from pipeline.plan import Plan, PlannedNode
+from pipeline.plan import Plan, PlannedNode, check_installed
 from pipeline.process import ForkServer
 from pipeline.provenance import build_manifest
 from pipeline.stage import input_ports
 from pipeline.store import Store, check_writable, digests_read, explain_os_error
 from pipeline.target import format_size, free_disk
+from pipeline.verdict import VerdictFile
 from pipeline.worker import InputArtifact, Request
 
 Event = dict[str, Any]
@@ -55,8 +57,9 @@ def execute(
 ) -> list[NodeResult]:
     """Bring every node of `plan` into `store`; logs go below `run_dir`. Runs that pass the same `server` share its imports.
 
-    Raises PlanError for a plan with pending keys, StageFailed, StoreError and Interrupted; what was published before stays.
+    Raises PlanError for a plan with pending or unknown keys, StageFailed, StoreError and Interrupted; what was published before stays.
     """
+    check_installed({node.name: node.stage for node in plan.nodes})
     pending = [f"stages.{node.name}: the key is pending; plan again with `execute`" for node in plan.nodes if not node.key]
     if pending:
         raise PlanError(pending)
@@ -115,7 +118,10 @@ class _Run:
             for node in self.plan.nodes:
                 current = node.name
                 results.append(self.node(node))
+                self._obey_gate(results[-1])
             status = "finished"
+        except GateFailed:
+            raise  # the gate itself did its work
         except LlmpressError as error:
             reason = getattr(error, "reason", str(error).removeprefix(f"{current}: "))
             self.announce("node_failed", current, reason=reason, log=getattr(error, "log", ""), tail=getattr(error, "tail", ""))
@@ -147,6 +153,17 @@ class _Run:
             self.artifacts[Ref(node.name, port)] = kind(place, node.expected[port], node.key)
         self._tell(node, manifest, path, hit)
         return NodeResult(node, "hit" if hit else "ran", path, manifest)
+
+    def _obey_gate(self, result: NodeResult) -> None:
+        """GateFailed where the node is a gate whose verdict is to end the run."""
+        node = result.node
+        if Verdict not in node.types.values():
+            return
+        verdict, reactions = VerdictFile.load(result.path), node.stage.execution.model_dump()
+        reaction = "pass" if verdict.outcome == "pass" else reactions[f"on_{verdict.outcome}"]
+        self.announce("gate", node.name, outcome=verdict.outcome, reaction=reaction, sentence=verdict.sentence)
+        if reaction == "stop":
+            raise GateFailed(node.name, f"{verdict.sentence}; the model is kept, and gates[...].on_fail=warn would go on")
 
     def _find(self, node: PlannedNode) -> Manifest | None:
         return self.store.find_hit(node.stage.name, node.key, self._digests(node))
@@ -230,7 +247,7 @@ class _Run:
 
     def _history(self, node: PlannedNode) -> tuple[Provenance, ...]:
         """The stages applied to the model that this node is given."""
-        model = next((node.inputs[port] for port in LATEST_PORTS if port in node.inputs), None)
+        model = worked_on(node.inputs)
         manifest = self.manifests.get(model.node) if model else None
         return manifest.history if manifest else ()
 

@@ -23,6 +23,7 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target, format_size
 
 NUM_BITS = (8, 4, 3, 2)
+NARROWEST_SERVED = 4  # bits: for narrower weights servers have no kernels, so that these are told of only where nothing else fits
 GROUP_SIZE = 128  # of the groups that a change to `num_bits` would pack, where it divides every layer; and the grain of an MLP's width
 DENSE = ("lm_head",)  # what quantization leaves alone, unless told otherwise
 FREE_BITS = 8  # of weights and cache: what 16 bits hold beyond these is hardly ever measured in quality
@@ -89,7 +90,7 @@ def fit(spec: ModelSpec, target: Target, context: int, batch: int, targets: Mapp
     InputProblems where it cannot be told: the target's memory is not known, its GPUs cannot share the KV heads evenly, or the model
     was not made for that many positions.
     """
-    problems = list(_problems(spec, target, context))
+    problems = list(load_problems(spec, target, context))
     if problems:
         raise InputProblems(problems)
     found = _measure(spec, target, context, batch)
@@ -101,7 +102,7 @@ def fit(spec: ModelSpec, target: Target, context: int, batch: int, targets: Mapp
 
 def capacity(spec: ModelSpec, target: Target) -> int:
     """Tokens of KV cache, of all sequences together, that fit beside the weights; 0 where these do not. InputProblems as for `fit`."""
-    problems = list(_problems(spec, target, 1))
+    problems = list(load_problems(spec, target, 1))
     if problems:
         raise InputProblems(problems)
     assert target.room is not None
@@ -114,12 +115,14 @@ def bits_sentence(spec: ModelSpec, target: Target, context: int) -> str:
 
     The cache is stored as the spec says. InputProblems as for `fit`.
     """
-    problems = list(_problems(spec, target, context))
+    problems = list(load_problems(spec, target, context))
     if problems:
         raise InputProblems(problems)
     dense, served = spec.dense(), 0
     parts: list[str] = []
     for num_bits in (dense_bits(spec), *NUM_BITS):
+        if num_bits < NARROWEST_SERVED and parts:
+            break
         tokens = capacity(dense if num_bits > NUM_BITS[0] else requantized(dense, num_bits), target)
         if tokens // context > served:
             needed = f"from batch {served + 1} on {num_bits} bits are needed, which" if parts else f"{num_bits} bits"
@@ -150,7 +153,8 @@ def requantized(spec: ModelSpec, num_bits: int) -> ModelSpec:
     return spec.model_copy(update={"groups": tuple(groups)})
 
 
-def _problems(spec: ModelSpec, target: Target, context: int) -> Iterator[str]:
+def load_problems(spec: ModelSpec, target: Target, context: int) -> Iterator[str]:
+    """Why it cannot be told whether sequences of `context` tokens fit."""
     heads, limit = spec.kv_cache.kv_heads, spec.architecture.max_position
     if target.room is None and target.gpus:
         yield f"target.memory: the memory of a GPU of {target.name} is not known; write for example target.memory=80GiB"
@@ -203,7 +207,7 @@ def _changes(spec: ModelSpec, target: Target, found: Fit, targets: Mapping[str, 
         if other.gpus and other.memory and spec.kv_cache.kv_heads % other.gpus == 0 and fits(spec, other)
     ]
     if larger:
-        name, other = min(larger, key=lambda pair: (_total(pair[1]), pair[1].price or math.inf))
+        name, other = min(larger, key=lambda pair: (pair[1].price or math.inf, _total(pair[1])))
         price = "" if other.price is None else f", ${other.price:.2f} per hour"
         sentence = f"target={name}: {other.gpus} x {format_size(other.memory or 0)}{price}"
         cheaper = 1 - target.price / other.price if target.price is not None and other.price else 0.0

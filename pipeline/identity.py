@@ -8,7 +8,8 @@
     data    ["data", 1, {format, file_format, sha256}]                        one split of a dataset: its content, and how it is parsed
 
 Only non-default params enter, so adding a field with a behaviour-preserving default costs nobody a rerun. Never in a key:
-paths, hosts, devices, batch sizes, anything of `Execution`. Values without a canonical form are an error, never `str()`.
+paths, hosts, devices, batch sizes, anything of `Execution`. One exception: of a stage that measures the machine, `backend` says which
+it is (pipeline/machine.py). Values without a canonical form are an error, never `str()`.
 """
 
 import ast
@@ -27,6 +28,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
+from pipeline import machine
 from pipeline.artifact import Manifest, sha256_file
 from pipeline.companions import companion_files
 from pipeline.headers import weight_files
@@ -71,17 +73,33 @@ def non_default(params: BaseModel) -> dict[str, Any]:
 
 
 @cache
-def library_version(name: str) -> str:
-    """torch as major.minor, others in full, local labels (`+cpu`, `+cu130`) stripped; `absent` where not installed."""
+def library_version(name: str) -> str | None:
+    """torch as major.minor, others in full, local labels (`+cpu`, `+cu130`) stripped; None where it is not installed."""
     try:
         full = version(name).partition("+")[0]
     except PackageNotFoundError:
-        return "absent"
+        return None
     return ".".join(full.split(".")[:2]) if name == "torch" else full
 
 
+def not_installed(libraries: Iterable[str]) -> str:
+    """`torch is not installed here`, so that what is computed with it has no key; empty where all are."""
+    absent = [name for name in sorted(libraries) if library_version(name) is None]
+    return f"{' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not installed here" if absent else ""
+
+
 def backend_versions(libraries: Iterable[str]) -> dict[str, str]:
-    return {name: library_version(name) for name in sorted(libraries)}
+    """PackageNotFoundError for one that is not installed."""
+    versions = {name: library_version(name) for name in sorted(libraries)}
+    known = {name: found for name, found in versions.items() if found is not None}
+    if len(known) < len(versions):
+        raise PackageNotFoundError(", ".join(sorted(set(versions) - set(known))))
+    return known
+
+
+def backend(stage: Stage) -> dict[str, str]:
+    """What a key covers of where it is computed: versions of libraries; of a stage that measures the machine, which that is."""
+    return backend_versions(stage.libraries) | ({"machine": machine.fingerprint()} if stage.measures_machine else {})
 
 
 def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
@@ -94,7 +112,7 @@ def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:
             "params": non_default(stage.params),
             "inputs": dict(inputs),
             "output": {name: str(port) for name, port in stage.outputs().items()},
-            "backend": backend_versions(stage.libraries),
+            "backend": backend(stage),
         },
     )
 
@@ -183,15 +201,21 @@ def fingerprint(module: str) -> str:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        spec = importlib.util.find_spec(name)
-        if name in seen or spec is None or spec.origin is None:
-            continue
-        source = Path(spec.origin).read_text(encoding="utf-8")
-        seen[name] = _without_comments(source)
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stages."):
-                waiting.append(node.module)
+        if name not in seen and (code := _code(name)) is not None:
+            seen[name], imported = code
+            waiting += imported
     return hashlib.sha256(canonical(sorted(seen.items())).encode()).hexdigest()[:16]
+
+
+@cache
+def _code(module: str) -> tuple[str, tuple[str, ...]] | None:
+    """Source of a module without comments, and the modules of `stages` that it imports; None where it has no file."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    imports = (node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return _without_comments(source), tuple(name for name in imports if name and name.startswith("stages."))
 
 
 def _without_comments(source: str) -> str:

@@ -17,7 +17,8 @@ from pipeline.errors import StageFailed, StoreError
 from pipeline.process import ForkServer, Worker, kill
 from pipeline.store import explain_os_error
 from pipeline.target import format_size
-from pipeline.worker import EXIT_CODES, RESPONSE, Failure, Request, Success, parse_peak_rss
+from pipeline.usage import parse_peak_rss
+from pipeline.worker import EXIT_CODES, RESPONSE, Failure, Request, Success
 
 POLL = 0.1  # seconds between two looks at a worker's events and memory; its end is noticed at once
 TAIL_LINES, TAIL_WIDTH = 15, 240

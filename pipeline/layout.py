@@ -72,6 +72,10 @@ class ModuleGroup(Frozen):
     def module_names(self) -> list[str]:
         return [self.name.format(layer=layer, expert=expert) for layer in self.layers or (0,) for expert in self.experts or (0,)]
 
+    def may_hold(self, name: str) -> bool:
+        """Whether a module of that name could be among them, told without building the names: of experts there are thousands."""
+        return name.startswith(self.name.partition("{")[0]) and name.endswith(self.name.rpartition("}")[2])
+
     @property
     def count(self) -> int:
         return max(1, len(self.layers)) * max(1, len(self.experts))

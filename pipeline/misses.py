@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifact import Manifest
-from pipeline.identity import backend_versions
+from pipeline.identity import backend
 from pipeline.stage import Stage
 from pipeline.store import Store
 
 
 def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
     """What is new against the most similar execution in the store, down to the field."""
-    params, backend = stage.params.model_dump(mode="json"), backend_versions(stage.libraries)
+    params, computed_by = stage.params.model_dump(mode="json"), backend(stage)
     best: list[str] | None = None
     for _, manifest in store.all(stage.name):
-        changes = _changes(manifest, stage, params, inputs, backend)
+        changes = _changes(manifest, stage, params, inputs, computed_by)
         if best is None or len(changes) < len(best):
             best = changes
     if best is None:
@@ -23,10 +23,10 @@ def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
 
 
 def _changes(
-    manifest: Manifest, stage: Stage, params: Mapping[str, Any], inputs: Mapping[str, str], backend: Mapping[str, str]
+    manifest: Manifest, stage: Stage, params: Mapping[str, Any], inputs: Mapping[str, str], computed_by: Mapping[str, str]
 ) -> list[str]:
     changes = [f"input {port}: another one" for port in sorted(inputs) if inputs[port] != manifest.inputs.get(port)]
-    pairs = [("params.", params, manifest.params), ("", backend, manifest.backend)]
+    pairs = [("params.", params, manifest.params), ("", computed_by, manifest.backend)]
     for prefix, new, old in pairs:
         changes += [
             f"{prefix}{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.errors import InputProblems
+
 Model = TypeVar("Model", bound=BaseModel)
 
 Width = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -163,13 +165,17 @@ class QuantizationConfig(_Strict):
 
 
 def parse(kind: type[Model], content: Mapping[str, Any], where: str) -> Model:
-    """ValueError names the first field of `content` that is missing or makes no sense, led by `where`."""
+    """InputProblems names every field of `content` that is missing or makes no sense, led by `where`."""
     try:
         return kind.model_validate(dict(content))
     except ValidationError as error:
-        row = error.errors(include_url=False)[0]
+        raise InputProblems(_problem(dict(row), where) for row in error.errors(include_url=False)) from None
+
+
+def _problem(row: Mapping[str, Any], where: str) -> str:
+    """One row of pydantic's report as a sentence."""
     field = where + ".".join(map(str, row["loc"]))
     if row["type"] == "missing":
-        raise ValueError(f"{field} is missing")
+        return f"{field} is missing"
     message = "input should be an object" if row["type"] in ("model_type", "dict_type") else row["msg"]
-    raise ValueError(f"{field} is {reprlib.repr(row['input'])}; {message[0].lower()}{message[1:]}")
+    return f"{field} is {reprlib.repr(row['input'])}; {message[0].lower()}{message[1:]}"

@@ -4,43 +4,43 @@ A plan needs no weights, no torch and well under a second. The executor takes on
 `expected` is what the guard holds each finished artifact to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from omegaconf import OmegaConf
 
 from pipeline.artifact import (
     Artifact,
     Checkpoint,
     Dataset,
-    DatasetSpec,
     DenseCheckpoint,
     Manifest,
     Spec,
-    has_chat_template,
-    tokenizer_digest,
 )
-from pipeline.errors import InputProblems, RecipeError
-from pipeline.fit import Fit, fit
-from pipeline.graph import LATEST_PORTS, SOURCE_MODEL, Graph, Node, Ref, build
-from pipeline.identity import DigestMemo, digest, non_default, output_key, stage_key
+from pipeline.errors import InputProblems, PlanError, RecipeError
+from pipeline.evidence import build
+from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, worked_on
+from pipeline.identity import DigestMemo, digest, non_default, not_installed, output_key, stage_key
 from pipeline.misses import explain_miss
 from pipeline.recipe import Recipe
 from pipeline.roofline import Work, dollars, seconds
+from pipeline.served import Served, known_targets, senseless, served
+from pipeline.shortage import Shortage, lacking, shortage
 from pipeline.source import check_disjoint, open_model, open_split
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
 from pipeline.store import Store, digests_read
-from pipeline.target import Memory, Target
+from pipeline.target import Memory
+from pipeline.together import conversation_problems, located, read_tokenizer, reads_chats, task_problems, token_problems
 
-Status = Literal["hit", "miss", "pending"]
+NOTHING = Ref("", "")
+Status = Literal["hit", "miss", "pending", "unknown"]  # unknown: a library of the stage is not installed here
 
 
 @dataclass(frozen=True)
 class PlannedNode:
-    """One node, evaluated. `key` is empty while a source's digest is pending."""
+    """One node, evaluated. `key` is empty while a source's digest is pending, or a library's version not known."""
 
     name: str
     stage: Stage
@@ -56,6 +56,7 @@ class PlannedNode:
     work: Work | None = None  # None: the stage does not say
     seconds: float | None = None  # on the recipe's machine; None: the machine states no peak, or the stage no work
     dollars: float | None = None  # None: neither time nor price may be missing
+    shortage: Shortage | None = None  # why it cannot run on the recipe's machine
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Plan:
     digest: str  # of the recipe; names the run's folder
     nodes: tuple[PlannedNode, ...]
     sources: Mapping[Ref, Artifact]
-    fit: Fit | None = None  # of the final model under the recipe's `serve` load
+    served: Served | None = None  # the final model under the recipe's `serve` load
 
     @property
     def final(self) -> Ref:
@@ -83,6 +84,41 @@ class Plan:
         return spec
 
     @property
+    def to_run(self) -> tuple[PlannedNode, ...]:
+        """What the store does not hold, or is not known to hold."""
+        return tuple(node for node in self.nodes if node.status != "hit")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all that is to run, one after the other; None where that of one is not known."""
+        return _sum(node.seconds for node in self.to_run)
+
+    @property
+    def dollars(self) -> float | None:
+        return _sum(node.dollars for node in self.to_run)
+
+    @property
+    def disk(self) -> int:
+        """Bytes that what is to run takes at its fullest: everything made so far stays, and a stage needs more while it runs."""
+        made, most = 0, 0
+        for node in self.to_run:
+            needed = node.memory.totals["disk"]
+            most = max(most, made + needed)
+            made += min(needed, sum(getattr(spec, "nbytes", 0) for spec in node.expected.values()))
+        return most
+
+    @property
+    def shortages(self) -> tuple[Shortage, ...]:
+        """Why it cannot run on the recipe's machine."""
+        return tuple(node.shortage for node in self.to_run if node.shortage)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why what is to run cannot, and why its result cannot be served, a sentence each with what would change that."""
+        unserved = self.served.problem if self.served else ""
+        return [*(lacking.sentence for lacking in self.shortages), *([unserved] if unserved else [])]
+
+    @property
     def source(self) -> Checkpoint:
         model = self.sources[SOURCE_MODEL]
         assert isinstance(model, Checkpoint)
@@ -92,8 +128,10 @@ class Plan:
 def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -> Plan:
     """Open the sources, wire the graph, evaluate every node. RecipeError with every problem found; reads headers only.
 
-    With `execute`, digests left pending by a plan are computed and a hub model is downloaded.
+    With `execute`, digests left pending by a plan are computed and a hub model is downloaded; PlanError where a library is missing.
     """
+    if execute:
+        check_installed({name: recipe.stages[name].stage for name in recipe.order if name in recipe.stages})
     memo = DigestMemo(store.root / "digests.json")
     problems: list[str] = []
     models: dict[Ref, Checkpoint] = {}
@@ -118,30 +156,26 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     except RecipeError as error:
         problems += error.problems
     sources |= {Ref("data", split): dataset for split, dataset in splits.items()}
-    evaluation = _Evaluation(recipe, store, sources, problems)
+    evaluation = _Evaluation(recipe, store, sources, problems, resources)
     nodes = tuple(planned for node in graph.nodes if (planned := evaluation.node(node, graph)))
     if problems:
-        raise RecipeError(problems)
+        source = models.get(SOURCE_MODEL)
+        raise RecipeError(problems + (senseless(source.model_spec, recipe) if source else []))
     if execute:
         memo.save()
     plan = Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
-    return replace(plan, fit=_fit(plan, resources)) if recipe.serve else plan
+    return replace(plan, served=served(plan.final_spec, recipe, resources))
 
 
-def _fit(plan: Plan, resources: Path) -> Fit:
-    """RecipeError where the load or the target makes no sense."""
-    serve = plan.recipe.serve
-    assert serve is not None
-    others = {file.stem: Target.model_validate(OmegaConf.to_container(OmegaConf.load(file))) for file in target_files(resources)}
-    try:
-        return fit(plan.final_spec, plan.recipe.target, serve.context, serve.batch, others)
-    except InputProblems as error:
-        raise RecipeError(error.problems) from None
-
-
-def target_files(resources: Path) -> list[Path]:
-    """Of the machines that come with llmpress, this one aside."""
-    return [file for file in sorted((resources / "conf" / "target").glob("*.yaml")) if file.stem != "host"]
+def check_installed(stages: Mapping[str, Stage]) -> None:
+    """PlanError for stages, by the names of their nodes, that need a library which is not installed."""
+    problems = [
+        f"stages.{name}: {absent}, so that it can be planned but not run; install what llmpress depends on, or write mode=plan"
+        for name, stage in stages.items()
+        if (absent := not_installed(stage.libraries))
+    ]
+    if problems:
+        raise PlanError(problems)
 
 
 def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:
@@ -158,14 +192,15 @@ def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:
 class _Evaluation:
     """Walks the graph once, carrying specs and keys from outputs to inputs."""
 
-    def __init__(self, recipe: Recipe, store: Store, sources: Mapping[Ref, Artifact], problems: list[str]) -> None:
-        self.recipe, self.store, self.problems = recipe, store, problems
+    def __init__(self, recipe: Recipe, store: Store, sources: Mapping[Ref, Artifact], problems: list[str], resources: Path) -> None:
+        self.recipe, self.store, self.problems, self.resources = recipe, store, problems, resources
         self.specs: dict[Ref, Spec] = {ref: artifact.spec for ref, artifact in sources.items()}
-        self.tokenizers = {ref: _tokenizer(artifact) for ref, artifact in sources.items()}  # None: not known, or not text
-        self.chats = {ref: _reads_chats(artifact) for ref, artifact in sources.items()}  # None: not known, or no model
+        self.tokenizers = {ref: read_tokenizer(artifact) for ref, artifact in sources.items()}  # None: not known, or not text
+        self.chats = {ref: reads_chats(artifact) for ref, artifact in sources.items()}  # None: not known, or no model
         self.keys = {ref: artifact.key for ref, artifact in sources.items()}
         self.calibrated_by = ""  # the node whose static cache is in force; the source model's where there is none
         self.missed: set[str] = set()
+        self.unknown: set[str] = set()  # nodes without a key because of a library, and what follows them
         self.found: dict[str, Manifest] = {}  # of the nodes that are hits
 
     def node(self, node: Node, graph: Graph) -> PlannedNode | None:
@@ -174,10 +209,10 @@ class _Evaluation:
         if wired - set(node.inputs) or any(ref not in self.specs for ref in node.inputs.values()):
             return None  # an input has a problem, which has been noted
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in node.inputs.items()}
-        self._check_tokenizers(node)
-        chats = self._conversations(node)
-        if chats:
-            self.problems += chats
+        self.problems += token_problems(node, self.tokenizers)
+        unreadable = conversation_problems(node, self.chats, self.specs) + task_problems(node, self.specs)
+        if unreadable:
+            self.problems += unreadable
             return None
         try:
             inferred = node.stage.infer(**specs)
@@ -189,17 +224,20 @@ class _Evaluation:
         expected = {ports[0]: inferred} if len(ports) == 1 else {port: getattr(inferred, port) for port in ports}
         self._check_scales(node, expected)
         input_keys = {port: self.keys[ref] for port, ref in node.inputs.items()}
-        key = stage_key(node.stage, input_keys) if all(input_keys.values()) else ""
+        keyed = all(input_keys.values()) and not not_installed(node.stage.libraries)
+        key = stage_key(node.stage, input_keys) if keyed else ""
         for port in ports:
             self.specs[Ref(node.name, port)] = expected[port]
             self.tokenizers[Ref(node.name, port)] = next(filter(None, map(self.tokenizers.get, node.inputs.values())), None)
-            self.chats[Ref(node.name, port)] = self.chats.get(self._model(node))
+            self.chats[Ref(node.name, port)] = self.chats.get(worked_on(node.inputs) or NOTHING)
             self.keys[Ref(node.name, port)] = output_key(key, port, len(ports)) if key else ""
         status, reason = self._status(node, key, input_keys)
         if status == "miss":
             self.missed.add(node.name)
         inserted = (f"inserted: {node.why}",) if node.why else ()
         machine, work = self.recipe.machine, node.stage.work(**specs)
+        memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
+        short = shortage(node.name, node.stage, specs, machine, others) if lacking(memory, machine) else None
         lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
         return PlannedNode(
             name=node.name,
@@ -209,45 +247,19 @@ class _Evaluation:
             key=key,
             types={port: graph.types[Ref(node.name, port)] for port in ports},
             expected=expected,
-            memory=node.stage.memory(target=machine, **specs),
+            memory=memory,
             status=status,
             reason=reason,
             notes=(*inserted, *node.stage.explain(**specs)),
             work=work,
             seconds=lasts,
             dollars=dollars(lasts, machine),
+            shortage=short,
         )
-
-    @staticmethod
-    def _model(node: Node) -> Ref:
-        """What the node works on; of a stage that works on no model, a reference to nothing."""
-        return next((node.inputs[port] for port in LATEST_PORTS if port in node.inputs), Ref("", ""))
-
-    def _conversations(self, node: Node) -> list[str]:
-        """Why the stage, or its model, cannot read the conversations that it is given."""
-        told = f"{node.stage.name} reads plain text; name a split of format text"
-        if node.stage.reads_conversations:
-            if all(self.chats.get(ref) is not False for ref in node.inputs.values()):
-                return []
-            told = "the model has no chat template; put its chat_template.jinja beside its tokenizer, or name a split of format text"
-        specs = {port: self.specs[ref] for port, ref in node.inputs.items()}
-        given = [port for port, spec in specs.items() if isinstance(spec, DatasetSpec) and spec.format == "messages"]
-        return [f"stages.{node.name}.inputs.{port}: {node.inputs[port]} holds conversations and {told}" for port in given]
-
-    def _check_tokenizers(self, node: Node) -> None:
-        """Models that one stage reads together must read the same tokens."""
-        known = {port: found for port, ref in node.inputs.items() if (found := self.tokenizers.get(ref))}
-        for port, other in list(known.items())[1:]:
-            first = next(iter(known))
-            if other != known[first]:
-                self.problems.append(
-                    f"stages.{node.name}.inputs.{port}: {node.inputs[port]} and {node.inputs[first]} ({first}) have different tokenizers; "
-                    "only models that read the same tokens can be compared, token by token"
-                )
 
     def _check_scales(self, node: Node, expected: Mapping[str, Spec]) -> None:
         """Scales of a static cache are those of the weights they were calibrated with."""
-        model = self.specs.get(self._model(node))
+        model = self.specs.get(worked_on(node.inputs) or NOTHING)
         made = [spec for spec in expected.values() if isinstance(spec, ModelSpec)]
         if not (isinstance(model, ModelSpec) and model.kv_cache.mode == "static"):
             self.calibrated_by = node.name if any(spec.kv_cache.mode == "static" for spec in made) else self.calibrated_by
@@ -260,8 +272,15 @@ class _Evaluation:
             )
 
     def _status(self, node: Node, key: str, input_keys: Mapping[str, str]) -> tuple[Status, str]:
+        if absent := not_installed(node.stage.libraries):
+            self.unknown.add(node.name)
+            return "unknown", absent
         if not key:
-            return "pending", "the digest of the source model is computed when the recipe runs"
+            unknown = [ref.node for ref in node.inputs.values() if ref.node in self.unknown]
+            if unknown:
+                self.unknown.add(node.name)
+                return "pending", f"follows {unknown[0]}, which has no key here"
+            return "pending", "the digest of what it reads is computed when the recipe runs"
         rebuilt = [ref.node for ref in node.inputs.values() if ref.node in self.missed]
         found = self.store.find(node.stage.name, key)
         if found and not (found.read and rebuilt):
@@ -273,19 +292,7 @@ class _Evaluation:
         return "miss", f"follows {rebuilt[0]}" if rebuilt else explain_miss(self.store, node.stage, input_keys)
 
 
-def located(node: Node, problem: str) -> str:
-    """A stage's own sentence, `rank: too large`, with the place in the recipe before it."""
-    field = problem.partition(":")[0].partition(".")[0]
-    if field in type(node.stage.params).model_fields or field == "inputs":
-        return f"stages.{node.name}.{problem}"
-    return f"stages.{node.name}.inputs.{problem}" if field in node.stage.inputs() else f"stages.{node.name}: {problem}"
-
-
-def _tokenizer(artifact: Artifact) -> str | None:
-    """Of a checkpoint whose files are here."""
-    return tokenizer_digest(artifact.path) if isinstance(artifact, Checkpoint) and artifact.path != Path() else None
-
-
-def _reads_chats(artifact: Artifact) -> bool | None:
-    """Of a checkpoint whose files are here."""
-    return has_chat_template(artifact.path) if isinstance(artifact, Checkpoint) and artifact.path != Path() else None
+def _sum(amounts: Iterable[float | None]) -> float | None:
+    """None where one of them is."""
+    known = list(amounts)
+    return None if None in known else sum(amount for amount in known if amount is not None)

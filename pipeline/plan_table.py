@@ -1,17 +1,21 @@
 """A plan for people (a table for the terminal) and for scripts (plan.json)."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import AdapterSpec, Artifact, Checkpoint, LogitsSpec, Spec
+from pipeline.artifact import AdapterSpec, LogitsSpec, Spec
 from pipeline.plan import Plan, PlannedNode
+from pipeline.roofline import UTILISATION
 from pipeline.spec import ModelSpec
-from pipeline.target import format_size
+from pipeline.target import Target, format_size
 
 PLAN_SCHEMA = 1
-STATUS = {"hit": "[green]hit[/green]", "miss": "to run", "pending": "pending"}
+HEADERS = {"bits": "bits/w", "cache": "KV/tok", "ram": "RAM", "vram": "VRAM", "cost": "$", "status": ""}
+MOST_COLUMNS = 1000
+STATUS = {"hit": "[green]hit[/green]", "miss": "to run", "pending": "pending", "unknown": "unknown"}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -22,9 +26,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         "order": list(plan.recipe.order),
         "target": plan.recipe.target.model_dump(),
+        "compute": plan.recipe.machine.model_dump(),
         "source": {"key": plan.source.key, **_model_facts(plan.source.model_spec)},
         "final": str(plan.final),
-        "serving": plan.fit.model_dump(mode="json") if plan.fit else None,
+        "serving": plan.served.model_dump(mode="json") if plan.served else None,
+        "to_run": {"seconds": plan.seconds, "dollars": plan.dollars, "disk": plan.disk},
+        "problems": [lacking.model_dump(mode="json") for lacking in plan.shortages],
         "nodes": [_node_json(node) for node in plan.nodes],
     }
 
@@ -42,6 +49,9 @@ def _node_json(node: PlannedNode) -> dict[str, Any]:
         "inputs": {port: str(ref) for port, ref in node.inputs.items()},
         "outputs": {port: {"type": kind.__name__, **_facts(node.expected[port])} for port, kind in node.types.items()},
         "memory": node.memory.model_dump(),
+        "work": node.work.model_dump() if node.work else None,
+        "seconds": node.seconds,
+        "dollars": node.dollars,
     }
 
 
@@ -64,41 +74,103 @@ def _model_facts(spec: ModelSpec) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """One look: what each node makes, how large, what it needs, and whether it is already done."""
-    vram = plan.recipe.target.gpus > 0
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name, justify in (("stage", "left"), ("makes", "left"), ("size", "right"), ("bits/w", "right"), ("KV/token", "right"),
-                          *[(place, "right") for place in (("RAM", "VRAM") if vram else ("peak RAM",))], ("", "left")):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=name in ("stage", ""), overflow="fold")  # type: ignore[arg-type]
-    table.add_row("source model", _kind(type(plan.source)), *_sizes(plan.source.model_spec), *[""] * (2 + vram))
-    for node in plan.nodes:
-        spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
-        made = ", ".join(_kind(kind) for kind in node.types.values())
-        sizes = _sizes(spec) if spec else (_size_of_other(node), "", "")
-        peaks = [format_size(node.memory.totals[place]) for place in ("ram", "vram")[: 2 if vram else 1]]
-        table.add_row(node.name, made, *sizes, *peaks, STATUS[node.status])
-    title = f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   (on {plan.recipe.target.name})\n"
-    console.print(title, soft_wrap=True)
+    """One look: how large what each node makes is, what that needs and costs, and whether it is already done."""
+    rows = [_Row("source", *_sizes(plan.source.model_spec)), *(_row(node, plan.recipe.machine) for node in plan.nodes), _totals(plan)]
+    target, machine = plan.recipe.target.name, plan.recipe.machine.name
+    where = f"on {machine}" if machine == target else f"on {machine}, for {target}"
+    console.print(f"[bold]{plan.recipe.name}[/bold]: {' > '.join(plan.recipe.order)}   ({where})\n", soft_wrap=True)
+    _print_table(rows, console)
+    console.print("\n" + "\n".join(f"  {line}" for line in _lines(plan)), highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_table(rows: Sequence["_Row"], console: Console) -> None:
+    """As wide as it is: narrower gaps where it is wider than the console, never a cell cut short."""
+    columns = [name for name in _Row._fields if name == "stage" or any(getattr(row, name) for row in rows)]
+    if len({row.status for row in rows if row.status}) == 1 and columns[-1] == "status":
+        columns.pop()  # it says the same of every node
+    for gap in (2, 1):
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
+        for name in columns:
+            table.add_column(HEADERS.get(name, name), justify="left" if name in ("stage", "status") else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(getattr(row, name) for name in columns))
+        needed = console.measure(table, options=console.options.update(max_width=MOST_COLUMNS)).maximum
+        if needed <= console.width:
+            break
+    width, console.width = console.width, max(console.width, needed)
     console.print(table)
-    lines = [f"  {node.name}: {note}" for node in plan.nodes for note in node.notes]
-    lines += [f"  {node.name}: to run ({node.reason})" for node in plan.nodes if node.status == "miss"]
-    if any(node.status == "pending" for node in plan.nodes):
-        lines.append("  digest of the source model pending: hit or miss is known once it has been computed (it is when the recipe runs)")
-    if plan.fit is not None:
-        lines += [f"  {sentence}" for sentence in plan.fit.sentences()]
-    if lines:
-        console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.width = width
+
+
+class _Row(NamedTuple):
+    """Cells; a column that no row fills is left out."""
+
+    stage: str
+    size: str = ""
+    bits: str = ""
+    cache: str = ""
+    ram: str = ""
+    vram: str = ""
+    disk: str = ""
+    time: str = ""
+    cost: str = ""
+    status: str = ""
+
+
+def _row(node: PlannedNode, machine: Target) -> _Row:
+    spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
+    sizes = _sizes(spec) if spec else (_size_of_other(node), "", "")
+    peaks = [format_size(node.memory.totals[place]) if node.memory.totals[place] else "" for place in ("ram", "vram", "disk")]
+    short = node.shortage.place if node.shortage else ""
+    peaks = [f"[bold red]{peak}[/bold red]" if place == short else peak for place, peak in zip(("ram", "vram", "disk"), peaks, strict=True)]
+    ram, vram, disk = peaks
+    return _Row(node.name, *sizes, ram, vram, disk, _time(node.seconds), _dollars(node.dollars), STATUS[node.status])
+
+
+def _totals(plan: Plan) -> _Row:
+    """Of what is to run; its disk is what is taken at the fullest."""
+    disk = format_size(plan.disk) if plan.disk else ""
+    return _Row("all to run" if plan.to_run else "", disk=disk, time=_time(plan.seconds), cost=_dollars(plan.dollars))
+
+
+def _time(seconds: float | None) -> str:
+    """An estimate, so in one or two figures: `40 s`, `12 min`, `3.2 h`."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s" if seconds else ""
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _dollars(amount: float | None) -> str:
+    return f"${amount:.2f}" if amount else ""
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    """What stands below the table."""
+    for node in plan.nodes:
+        yield from (f"{node.name}: {note}" for note in node.notes)
+    reasons: dict[str, list[str]] = {}
+    for node in plan.nodes:
+        if node.status == "miss":
+            reasons.setdefault(f"to run ({node.reason})", []).append(node.name)
+        elif node.status == "unknown":
+            reasons.setdefault(f"unknown: {node.reason}", []).append(node.name)
+    for reason, names in reasons.items():
+        yield f"{reason}: {', '.join(names)}"
+    if not all(artifact.key for artifact in plan.sources.values()):
+        yield "digest of a model or dataset pending: hit or miss is known once it has been computed (it is when the recipe runs)"
+    if plan.seconds is not None and plan.seconds:
+        machine = plan.recipe.machine
+        yield f"time: at {UTILISATION:.0%} of {machine.name}'s peak and {format_size(machine.disk_bandwidth)}/s of disk"
+    if plan.served is not None:
+        yield from plan.served.sentences()
 
 
 def _size_of_other(node: PlannedNode) -> str:
     """Of adapters and stored logits."""
     sizes = [spec.nbytes for spec in node.expected.values() if isinstance(spec, AdapterSpec | LogitsSpec)]
     return format_size(sum(sizes)) if sizes else ""
-
-
-def _kind(kind: type[Artifact]) -> str:
-    """`dense` or `quantized` of a checkpoint, else what its output is called."""
-    return kind.__name__.removesuffix("Checkpoint").lower() if issubclass(kind, Checkpoint) else kind.port
 
 
 def _sizes(spec: ModelSpec) -> tuple[str, str, str]:

@@ -113,6 +113,8 @@ class Display:
             self._say(node, event["text"], now)
         elif kind == "resumed":
             self._say(node, f"continues an interrupted attempt from {event['text']}", now)
+        elif kind == "gate":
+            self._say(node, event["sentence"], now)
         elif kind in ("node_hit", "node_finished"):
             row.state = "hit" if kind == "node_hit" else "done"
             row.seconds, row.nbytes = now - row.started if kind == "node_finished" else 0.0, event["nbytes"]

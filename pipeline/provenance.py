@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.artifact import Checkpoint, EvalReport, Manifest, Provenance, tokenizer_digest
-from pipeline.identity import backend_versions, fingerprint
+from pipeline.artifact import MEASUREMENTS, Checkpoint, Manifest, Provenance, tokenizer_digest
+from pipeline.headers import tensor_table
+from pipeline.identity import backend, fingerprint
 from pipeline.plan import PlannedNode
 from pipeline.spec import ModelSpec
 from pipeline.store import file_records
@@ -30,8 +31,9 @@ def build_manifest(
     stage = node.stage
     single = len(node.types) == 1
     checkpoint = next((port for port, kind in node.types.items() if issubclass(kind, Checkpoint)), None)
+    model = (folder if single else folder / checkpoint) if checkpoint else None
     spec = node.expected[checkpoint] if checkpoint else None
-    is_report = all(issubclass(kind, EvalReport) for kind in node.types.values())
+    is_report = all(issubclass(kind, MEASUREMENTS) for kind in node.types.values())
     params = stage.params.model_dump(mode="json")
     return Manifest(
         type=next(iter(node.types.values())).__name__,
@@ -40,12 +42,12 @@ def build_manifest(
         version=stage.version,
         params=params,
         inputs=dict(node.input_keys),
-        backend=backend_versions(stage.libraries),
+        backend=backend(stage),
         spec=spec if isinstance(spec, ModelSpec) else None,
         outputs={} if single else {port: kind.__name__ for port, kind in node.types.items()},
         history=(*history, Provenance(node=node.name, stage=stage.name, key=node.key, params=params)),
         resumes=resumes,
-        tokenizer=tokenizer_digest(folder if single else folder / checkpoint) if checkpoint else None,
+        tokenizer=tokenizer_digest(model) if model else None,
         read=dict(read) if is_report else {},  # a checkpoint's key stands for its computation, a report's for its subject
         metrics=_metrics(made, single),
         notes=(*node.notes, *notes),
@@ -55,6 +57,9 @@ def build_manifest(
         fingerprint=fingerprint(type(stage).__module__),
         seconds=made.seconds,
         peak_rss=made.peak_rss,
+        floor_rss=made.floor_rss,
+        peak_vram=made.peak_vram,
+        tensor_bytes=sum(entry.nbytes for entry in tensor_table(model).values()) if model else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

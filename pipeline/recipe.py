@@ -10,20 +10,23 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import DataFormat
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
+from pipeline.quality import Quality, read_quality
 from pipeline.stage import Stage, find_stage, stage_names
 from pipeline.target import Target
+from pipeline.validated import validated
 
 ASSETS = "assets:"
-Model = TypeVar("Model", bound=BaseModel)
 NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # it names folders and stands in references
 SOURCES = ("model", "models", "data")  # what references may name besides stages
+HUB_FIELDS = ("config", "split", "revision", "column")  # of a split
+RECIPE_KEYS = ("order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", "probe", "gates", "data_check")
 PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
 
 
@@ -43,10 +46,27 @@ class ModelSource(Frozen):
 
 
 class SplitSource(Frozen):
-    """One split: a `.jsonl` or `.txt` file of documents, or a `.jsonl` file of conversations (`messages`)."""
+    """One split: a file of documents or conversations (`.jsonl`, `.parquet`; documents also `.txt`), a folder of evaluation tasks
+    (`format: tasks`), or a split of a hub dataset: `{hub: org/name, split: "train[:512]", column: text}`."""
 
-    path: str
+    path: str | None = None
+    hub: str | None = None
+    config: str | None = None  # this and what follows are of the hub dataset
+    split: str = "train"  # or a slice of one: train[:512], train[10%:20%]
+    revision: str = "main"
+    column: str | None = None  # that holds the texts, or the conversations; None: `text`, or `messages`
     format: DataFormat = "text"
+
+    @model_validator(mode="after")
+    def _one(self) -> "SplitSource":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("it is either a file or a hub dataset; write path: /file.jsonl or hub: org/name")
+        idle = [name for name in HUB_FIELDS if name in self.model_fields_set]
+        if self.path is not None and idle:
+            raise ValueError(f"{' and '.join(idle)} have an effect only with hub: org/name; leave out what a file does not need")
+        if self.hub is not None and self.format == "tasks":
+            raise ValueError("tasks are read from a folder; write path: /folder, or name a task of lm-evaluation-harness in the stage")
+        return self
 
 
 class DataSource(Frozen):
@@ -97,6 +117,7 @@ class Recipe:
     convert: Literal["auto", "never"]
     models: Mapping[str, ModelSource] = field(default_factory=dict)  # others that stages name as inputs, such as a larger teacher
     compute: Target | None = None  # the machine that runs the stages, where it is not the target
+    quality: Quality = field(default_factory=Quality)
 
     @property
     def machine(self) -> Target:
@@ -162,7 +183,7 @@ def _hostile(value: Any, path: str) -> Iterator[str]:
 def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]:
     """Validate a composed config (plain containers, interpolations resolved). RecipeError with every problem."""
     problems: list[str] = []
-    known = {"order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", *Settings.model_fields}
+    known = {*RECIPE_KEYS, *Settings.model_fields}
     for key in sorted(set(config) - known):
         problems.append(f"{key}: there is no such setting{did_you_mean(key, known)}")
     stages = {}
@@ -171,20 +192,22 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
         if stage is not None:
             stages[node] = stage
     order = _read_order(config.get("order"), problems)
-    model = _validated(ModelSource, config.get("model") or {}, "model", problems)
+    model = validated(ModelSource, config.get("model") or {}, "model", problems)
     models = _read_models(config.get("models") or {}, problems)
-    data = _validated(DataSource, config.get("data") or {}, "data", problems)
+    data = validated(DataSource, config.get("data") or {}, "data", problems)
     settings = _read_settings(config, problems)
-    target = _validated(Target, config.get("target") or {}, "target", problems)
-    compute = _validated(Target, config["compute"], "compute", problems) if config.get("compute") else None
-    serve = _validated(ServeLoad, config["serve"], "serve", problems) if config.get("serve") else None
+    target = validated(Target, config.get("target") or {}, "target", problems)
+    compute = validated(Target, config["compute"], "compute", problems) if config.get("compute") else None
+    serve = validated(ServeLoad, config["serve"], "serve", problems) if config.get("serve") else None
+    evaluate = (config.get("stages") or {}).get("evaluate") or {}
+    quality = read_quality(config, evaluate if isinstance(evaluate, Mapping) else {}, problems)
     convert = config.get("convert", "auto")
     if convert not in ("auto", "never"):
         problems.append(f"convert: {convert!r} is not a choice; write auto or never")
     if problems:
         raise RecipeError(problems)
     assert model and data and settings and target
-    return Recipe(name, order, stages, model, data, target, serve, convert, models, compute), settings
+    return Recipe(name, order, stages, model, data, target, serve, convert, models, compute, quality), settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -197,7 +220,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _read_settings(config: Mapping[str, Any], problems: list[str]) -> Settings | None:
-    return _validated(Settings, {name: config[name] for name in Settings.model_fields if name in config}, "", problems)
+    return validated(Settings, {name: config[name] for name in Settings.model_fields if name in config}, "", problems)
 
 
 def _read_order(order: Any, problems: list[str]) -> tuple[str, ...]:
@@ -215,7 +238,7 @@ def _read_models(content: Any, problems: list[str]) -> dict[str, ModelSource]:
     problems += [
         f"models.{name}: is it a folder or a hub id? write models.{name}.path={content[name]} or models.{name}.id=..." for name in bare
     ]
-    read = {name: _validated(ModelSource, source, f"models.{name}", problems) for name, source in content.items() if name not in bare}
+    read = {name: validated(ModelSource, source, f"models.{name}", problems) for name, source in content.items() if name not in bare}
     return {name: source for name, source in read.items() if source is not None}
 
 
@@ -233,34 +256,13 @@ def _read_stage(node: Any, content: Any, problems: list[str]) -> StageConfig | N
         problems.extend(f"{where}.stage: {problem}" for problem in error.problems)
         return None
     params = {key: value for key, value in content.items() if key not in ("stage", "inputs", "execution")}
-    found = _validated(kind.Params, params, where, problems)
-    execution = _validated(kind.Execution, content.get("execution") or {}, f"{where}.execution", problems)
+    found = validated(kind.Params, params, where, problems)
+    execution = validated(kind.Execution, content.get("execution") or {}, f"{where}.execution", problems)
     inputs = content.get("inputs") or {}
     if not isinstance(inputs, Mapping) or not all(isinstance(value, str) for value in inputs.values()):
         problems.append(f"{where}.inputs: a mapping of port to output is needed, for example {{teacher: model}}")
         return None
     return StageConfig(kind(found, execution), dict(inputs)) if found is not None and execution is not None else None
-
-
-def _validated(kind: type[Model], content: Any, where: str, problems: list[str]) -> Model | None:
-    """One pydantic model, or None after noting each of its problems as `where.field: what; what instead`."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        for row in error.errors(include_url=False):
-            spot = ".".join(part for part in (where, *map(str, row["loc"])) if part)
-            message = row["msg"].removeprefix("Value error, ")
-            if row["type"] == "extra_forbidden":
-                message = f"there is no such parameter{did_you_mean(str(row['loc'][-1]), kind.model_fields)}"
-                message += "" if message.endswith("?") else f"; remove it (on the command line: ~{spot})"
-            elif row["type"] == "model_type":
-                message = f"{row['input']!r} does not fit; a mapping of names to values is needed"
-            elif row["type"] == "missing":
-                message = "a value is needed"
-            elif row["loc"] and row["loc"][-1] != "uri":  # whose value may hold a password
-                message = f"{row['input']!r} does not fit; {message[0].lower()}{message[1:]}"
-            problems.append(f"{spot or 'recipe'}: {message}")
-        return None
 
 
 def resolve_path(written: str, resources: Path) -> Path:

@@ -27,7 +27,7 @@ from pipeline.destination import Destination, legal, milliseconds, parameter, po
 from pipeline.spool import FOLDER, Recorded, follow, spools
 from pipeline.tracking import place_of
 
-DOCUMENTS = ("*.yaml", "*.json")  # of the run's folder: composed recipe, plan.json, report.json
+DOCUMENTS = ("*.yaml", "*.json", "report.html", "report.md")  # of the run's folder: composed recipe, plan.json, report.json
 STATUS = {"complete": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by verdict
 STAGE_STATUS = {"ran": "FINISHED", "hit": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 

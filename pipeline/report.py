@@ -1,26 +1,39 @@
 """What a run did, for scripts: `report.json`, built from the plan and from the events the executor sent.
 
-`RunRecord` listens while the run goes on; `build_report` puts what it saw beside what the plan expected, stage by stage. The
+`build_report` puts what pipeline/run_record.py heard beside what the plan expected, stage by stage, and adds what the evidence says. The
 headline metrics have the same flat names for every recipe, so that runs compare without thought. Schema: docs/report.md.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.artifact import EvalReport, Manifest
 from pipeline.errors import Interrupted
-from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL
+from pipeline.findings import (
+    DataCheckReport,
+    Decision,
+    GateReport,
+    PositionReport,
+    data_checks,
+    decide,
+    gate_metrics,
+    gate_reports,
+    position_reports,
+    twin,
+)
+from pipeline.graph import SOURCE_MODEL
 from pipeline.layout import CacheMode, Frozen
+from pipeline.origins import Origin, origins
 from pipeline.plan import Plan, PlannedNode
+from pipeline.run_record import NodeRecord, RunRecord, StageStatus
+from pipeline.served import Served
 from pipeline.serving import ServingLine, packed_format, serving_lines
 from pipeline.spec import ModelSpec
 from pipeline.store import write_whole
+from pipeline.task_findings import TaskReport, task_metrics, task_reports
 
-StageStatus = Literal["hit", "ran", "failed", "interrupted", "not reached"]
 Verdict = Literal["complete", "failed", "interrupted"]
 QUALITY = ("perplexity", "reference_perplexity", "perplexity_change_pct", "bits_per_byte", "kl_divergence", "top1_agreement")
 
@@ -44,9 +57,21 @@ class StageReport(Frozen):
     metrics: dict[str, float]
     planned_bytes: int | None
     planned_peak: dict[str, int]  # bytes by place: ram, vram, disk
-    measured_peak: int | None  # bytes of resident memory
+    planned_seconds: float | None  # on the recipe's machine
+    measured_peak: int | None  # bytes of resident memory, libraries included
+    measured_floor: int | None  # of these, what was resident before the stage began
+    measured_peak_vram: int | None  # bytes that torch reserved on all GPUs
     notes: tuple[str, ...]
     log: str | None  # of a stage that failed
+    version: int = 1  # of the stage
+    created: str | None = None  # when the artifact was made, ISO 8601, UTC
+    libraries: dict[str, str] = {}  # whose version is part of the key
+    environment: dict[str, str] = {}  # where it was computed: interpreter, machine, versions
+
+    @property
+    def measured_ram(self) -> int | None:
+        """Bytes that the stage itself took at most, to be held against `planned_peak["ram"]`. None: not known."""
+        return None if self.measured_peak is None or self.measured_floor is None else max(self.measured_peak - self.measured_floor, 0)
 
 
 class FinalModel(Frozen):
@@ -81,6 +106,13 @@ class Report(Frozen):
     metrics: dict[str, float]  # the headline: see `headline`
     source: dict[str, float]
     stages: tuple[StageReport, ...]
+    gates: tuple[GateReport, ...] = ()  # that were reached
+    decision: Decision | None = None  # None without a gate
+    tasks: tuple[TaskReport, ...] = ()
+    positions: tuple[PositionReport, ...] = ()  # of the final model
+    data_checks: tuple[DataCheckReport, ...] = ()
+    served: Served | None = None  # as planned; None where the recipe states no load
+    origins: tuple[Origin, ...] = ()
     warnings: tuple[str, ...]
     error: str | None
 
@@ -90,57 +122,7 @@ class Report(Frozen):
     def final_quality(self) -> dict[str, float]:
         """Everything that was measured of the final model; empty where nothing was."""
         measured = self.final.output if self.final else ""
-        return next((stage.metrics for stage in reversed(self.stages) if stage.measures == measured), {})
-
-
-@dataclass
-class NodeRecord:
-    """What the events said about one node."""
-
-    status: StageStatus = "not reached"
-    key: str = ""
-    path: Path | None = None
-    manifest: Manifest | None = None
-    reason: str = ""
-    log: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-class RunRecord:
-    """A listener: remembers what a report needs. `run_dir` is the run's folder, where `model` links to the final artifact."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.started = time.time()
-        self.finished: float | None = None
-        self.nodes: dict[str, NodeRecord] = {}
-        self.warnings: list[str] = []
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "run_started":
-            self.started = event["time"]
-        elif kind == "run_finished":
-            self.finished = event["time"]
-        elif kind == "warning":
-            self.warnings.append(event["text"])
-        if event.get("node"):
-            self._of_node(kind, self.nodes.setdefault(event["node"], NodeRecord()), event)
-
-    def _of_node(self, kind: str, node: NodeRecord, event: Mapping[str, Any]) -> None:
-        if kind == "node_started":
-            node.status = "interrupted"  # until it is heard of again
-        elif kind == "note":
-            node.notes.append(event["text"])
-        elif kind == "resumed":
-            node.notes.append(f"continued an interrupted attempt from {event['text']}")
-        elif kind in ("node_hit", "node_finished"):
-            node.status = "hit" if kind == "node_hit" else "ran"
-            node.key, node.path = event["key"], Path(event["path"])
-            node.manifest = Manifest.load(node.path)
-            node.notes += event.get("notes", [])
-        elif kind == "node_failed":
-            node.status, node.reason, node.log = "failed", event["reason"], event.get("log") or None
+        return next((stage.metrics for stage in reversed(self.stages) if stage.measures == measured and _quality(stage)), {})
 
 
 def build_report(plan: Plan, record: RunRecord, error: BaseException | None = None) -> Report:
@@ -148,6 +130,8 @@ def build_report(plan: Plan, record: RunRecord, error: BaseException | None = No
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
     verdict: Verdict = "interrupted" if stopped else "failed" if error else "complete"
     stages = tuple(_stage_report(plan, node, record.nodes.get(node.name, NodeRecord()), stopped) for node in plan.nodes)
+    gates, warnings = gate_reports(plan, record.folders), list(record.warnings)
+    tasks, judge = task_reports(plan, record.folders, warnings), _judge(plan, stages)
     finished = record.finished if record.finished is not None else time.time()
     seconds = round(finished - record.started, 3)
     counts = {f"stages_{status}": float(sum(stage.status == status for stage in stages)) for status in ("ran", "hit")}
@@ -160,10 +144,20 @@ def build_report(plan: Plan, record: RunRecord, error: BaseException | None = No
         verdict=verdict,
         final=_final(plan, record) if verdict == "complete" else None,
         serving=serving_lines(plan.final_spec) if verdict == "complete" else (),
-        metrics=(headline(plan, stages) if verdict == "complete" else {}) | {"seconds": seconds} | counts,
+        metrics=(headline(plan, stages) | task_metrics(tasks, str(plan.final)) | _planned(stages) if verdict == "complete" else {})
+        | gate_metrics(gates)
+        | {"seconds": seconds}
+        | counts,
         source=model_facts(plan.source.model_spec) | _reference_quality(plan, stages),
         stages=stages,
-        warnings=tuple(record.warnings),
+        gates=gates,
+        decision=decide(plan, gates),
+        tasks=tasks,
+        positions=_positions(judge, warnings),
+        data_checks=data_checks(plan, record.manifests),
+        served=plan.served,
+        origins=origins(plan),
+        warnings=tuple(warnings),
         error=(str(error) or type(error).__name__) if error else None,
     )
 
@@ -179,6 +173,9 @@ def model_facts(spec: ModelSpec) -> dict[str, float]:
 
 def artifact_bytes(manifest: Manifest) -> int:
     """Tensor bytes of a checkpoint, file bytes of anything else."""
+    if manifest.tensor_bytes is not None:
+        return manifest.tensor_bytes
+    # manifests written before tensors were counted: the guard has held their files to the spec
     return manifest.spec.nbytes if manifest.spec else sum(file.nbytes for file in manifest.files.values())
 
 
@@ -190,13 +187,28 @@ def headline(plan: Plan, stages: tuple[StageReport, ...]) -> dict[str, float]:
     return metrics | (_quality(judge) if judge else {})
 
 
+def _planned(stages: tuple[StageReport, ...]) -> dict[str, float]:
+    """Seconds that the plan gives to what this run executed; nothing where it cannot say for one of these stages."""
+    planned = [stage.planned_seconds for stage in stages if stage.status == "ran"]
+    known = [seconds for seconds in planned if seconds is not None]
+    return {"planned_seconds": round(sum(known), 3)} if len(known) == len(planned) else {}
+
+
 def _quality(stage: StageReport) -> dict[str, float]:
     return {name: stage.metrics[name] for name in QUALITY if name in stage.metrics}
 
 
 def _judge(plan: Plan, stages: tuple[StageReport, ...]) -> StageReport | None:
-    """The last quality report of the final model."""
-    return next((stage for stage in reversed(stages) if stage.measures == str(plan.final)), None)
+    """The last report on the final model that says any of QUALITY."""
+    return next((stage for stage in reversed(stages) if stage.measures == str(plan.final) and _quality(stage)), None)
+
+
+def _positions(judge: StageReport | None, warnings: list[str]) -> tuple[PositionReport, ...]:
+    try:
+        return position_reports(Path(judge.path)) if judge and judge.path else ()
+    except ValueError as error:  # made by a stage of somebody else's
+        warnings.append(f"perplexity by position cannot be told from the report of {judge.name if judge else ''}: {error}")
+        return ()
 
 
 def _reference_quality(plan: Plan, stages: tuple[StageReport, ...]) -> dict[str, float]:
@@ -205,22 +217,10 @@ def _reference_quality(plan: Plan, stages: tuple[StageReport, ...]) -> dict[str,
     return next((_quality(stage) for stage in stages if judge and stage.name == judge.reference), {})
 
 
-def _reference_node(plan: Plan, node: PlannedNode) -> str | None:
-    """The node that measured the source model alone with the same stage, parameters and data."""
-
-    def measurement(of: PlannedNode) -> tuple[Any, ...]:
-        return of.stage.name, of.stage.params, {port: ref for port, ref in of.inputs.items() if port not in ("model", REFERENCE_PORT)}
-
-    if node.inputs.get(REFERENCE_PORT) != SOURCE_MODEL:
-        return None
-    alone = [n for n in plan.nodes if n.inputs.get("model") == SOURCE_MODEL and REFERENCE_PORT not in n.inputs]
-    return next((twin.name for twin in alone if measurement(twin) == measurement(node)), None)
-
-
 def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bool) -> StageReport:
     manifest = record.manifest
     status = "failed" if record.status == "interrupted" and not stopped else record.status
-    kinds = list(node.types.values())
+    kinds, beside = list(node.types.values()), twin(plan, node)
     specs = [spec for spec in node.expected.values() if isinstance(spec, ModelSpec)]
     notes = [*node.notes, *(manifest.notes if manifest else ()), *record.notes]
     if record.reason:
@@ -232,7 +232,7 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
         key=record.key or node.key,
         status=status,
         measures=str(node.inputs["model"]) if EvalReport in kinds and "model" in node.inputs else None,
-        reference=_reference_node(plan, node),
+        reference=beside.name if beside else None,
         seconds=round(manifest.seconds, 3) if manifest else None,
         path=str(record.path) if record.path else None,
         outputs={port: str(record.path / port if len(kinds) > 1 else record.path) for port in node.types} if record.path else {},
@@ -242,9 +242,16 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
         metrics=manifest.metrics if manifest else {},
         planned_bytes=specs[0].nbytes if specs else None,
         planned_peak=node.memory.totals,
+        planned_seconds=node.seconds,
         measured_peak=manifest.peak_rss if manifest else None,
+        measured_floor=manifest.floor_rss if manifest else None,
+        measured_peak_vram=manifest.peak_vram if manifest else None,
         notes=tuple(dict.fromkeys(notes)),
         log=record.log,
+        version=node.stage.version,
+        created=manifest.created if manifest else None,
+        libraries=manifest.backend if manifest else {},
+        environment=manifest.environment if manifest else {},
     )
 
 

@@ -1,4 +1,4 @@
-"""A report for people: the table in the terminal, and the same rows as markdown for MLflow.
+"""A report for people: the table in the terminal, and the same rows as markdown for MLflow, with planned beside measured.
 
 One row for each checkpoint, the source model first, with its size and, where a stage measured it, its quality: the waterfall of a
 pipeline. `change` is that of perplexity against the measured model before it, `vs source` and KL are against the source. Times of
@@ -7,22 +7,35 @@ say nothing (`change` with one measured model, `KV/tok` where the cache stays as
 columns. No colour is needed: it reads the same in a pipe and in a log.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.artifact import Benchmark, EvalReport, Verdict
+from pipeline.comparison import COLUMNS as COMPARED
+from pipeline.comparison import comparison, comparison_rows
+from pipeline.evidence import PROBE
 from pipeline.report import Report, StageReport
 from pipeline.target import format_seconds, format_size
+from pipeline.task_findings import TaskMetric, TaskReport
+from pipeline.waterfall import waterfall
 
 COLUMNS = ("stage", "time", "size", "bits/w", "KV/tok", "ppl", "change", "vs source", "KL")
 STYLES = {"hit": "green", "failed": "bold red", "interrupted": "yellow", "not reached": "dim"}
+PLANNED_NOTES = ("inserted: ", "stops the run where ")
+VERDICTS = {
+    "deploy": "every gate passes",
+    "investigate": "a gate fails; its figures and the table of stages say where to look",
+    "inconclusive": "not every gate could be decided; more documents or items would",
+}
+MOST_SCORES = 12  # of tasks, in the terminal
 Row = dict[str, str]  # by column; what is missing is an empty cell
 
 
-def print_report(report: Report, console: Console, mlflow: str = "") -> None:
-    """The table, what became of the model, where it is and how to load it. `mlflow` is the tracker's line."""
+def print_report(report: Report, console: Console, mlflow: str = "", page: Path | None = None) -> None:
+    """The table, what became of the model, where it is and how to load it. `mlflow` is the tracker's line, `page` the report as HTML."""
     columns, lines = table_of(report)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in columns:
@@ -31,7 +44,7 @@ def print_report(report: Report, console: Console, mlflow: str = "") -> None:
         table.add_row(*(f"[{STYLES[cell]}]{cell}[/{STYLES[cell]}]" if cell in STYLES else cell for cell in cells))
     console.print()
     console.print(table)
-    for line in ["", *closing_lines(report, mlflow)]:
+    for line in ["", *closing_lines(report, mlflow, page)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)  # lines are for copying: never broken
 
 
@@ -47,26 +60,34 @@ def table_of(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
 
 
 def _rows(report: Report) -> Iterator[Row]:
-    judges: dict[str, StageReport] = {}  # by the output measured: the first to measure it
-    for stage in report.stages:
-        if stage.measures is not None and stage.status in ("hit", "ran"):
-            judges.setdefault(stage.measures, stage)
-    source = judges.get("model")
+    levels = waterfall(report)
+    source, judges = levels[0].judge, [level.judge for level in levels]
     yield {"stage": "source", **_sizes(report.source), **_quality(source), **(_time(source) if source else {})}
-    before = source
+    before, rest = source, {level.name: level.judge for level in levels[1:]}
     for stage in report.stages:
-        if stage.planned_bytes is not None:
-            judge = judges.get(f"{stage.name}.model")
+        if stage.name in rest:
+            judge = rest[stage.name]
             yield {"stage": stage.name, **_time(stage), **_sizes(_facts(stage)), **_quality(judge, before)}
             before = judge or before
-        elif stage not in judges.values():
+        elif stage not in judges and not _told_elsewhere(stage, judges):
             label = f"{stage.name} (of {stage.measures.removesuffix('.model')})" if stage.measures else stage.name
-            size = {} if stage.measures else _sizes(_facts(stage))
+            size = {} if stage.type in (Benchmark.__name__, EvalReport.__name__) else _sizes(_facts(stage))
             yield {"stage": label, **_time(stage), **size, **_quality(stage)}
-    summed = [judge for measured, judge in judges.items() if measured != "model"]
+    scored = [stage for stage in report.stages if stage.measures and stage not in judges and _told_elsewhere(stage, judges)]
+    summed = [judge for judge in judges[1:] if judge] + scored
     if summed:
-        ran = [judge.seconds or 0.0 for judge in summed if judge.status == "ran"]
+        ran = [stage.seconds or 0.0 for stage in summed if stage.status == "ran"]
         yield {"stage": "evaluation", "time": format_seconds(sum(ran)) if ran else "hit"}
+
+
+def _told_elsewhere(stage: StageReport, judges: Sequence[StageReport | None]) -> bool:
+    """A verdict has a line of its own, scores of tasks a table, a data check its notes, and a probe says less than the model's judge."""
+    if stage.status not in ("hit", "ran"):
+        return False
+    probe = stage.name.startswith(f"{PROBE}@") and any(judge and judge.measures == stage.measures for judge in judges)
+    if stage.type == Verdict.__name__ or stage.stage == "data_check":
+        return True
+    return stage.measures is not None and ("perplexity" not in stage.metrics or probe)
 
 
 def _facts(stage: StageReport) -> dict[str, float]:
@@ -111,14 +132,24 @@ def summary(report: Report) -> str:
     return sizes
 
 
-def closing_lines(report: Report, mlflow: str) -> list[str]:
-    """What stands below the table."""
+def verdict(report: Report) -> tuple[str, str]:
+    """Whether the model may be deployed, where gates were set, else how the run ended; and why."""
+    if report.decision:
+        return report.decision, VERDICTS[report.decision]
+    return report.verdict, report.error or "without a gate, nothing says whether to deploy it"
+
+
+def closing_lines(report: Report, mlflow: str, page: Path | None = None) -> list[str]:
+    """What stands below the table. `page` is where the report is as HTML."""
     lines = [summary(report)] if report.verdict == "complete" else []
-    notes: dict[str, str] = {}  # said once, by the first stage that says it
-    for stage in report.stages:
-        for note in () if stage.name.endswith("@source") else stage.notes:
-            notes.setdefault(note, stage.name)
-    lines += [f"note     {name}: {note}" for note, name in notes.items()]
+    held = comparison(report)
+    lines += [f"planned  {held}"] if held else []
+    lines += [f"note     {name}: {note}" for note, name in notes(report).items()]
+    scores = task_sentences(report)
+    lines += [f"task     {sentence}" for sentence in scores[:MOST_SCORES]]
+    lines += [f"task     and {len(scores) - MOST_SCORES} more, in the report"] if len(scores) > MOST_SCORES else []
+    lines += [f"gate     {gate.node}: {gate.says.removeprefix('gate ')}" for gate in report.gates]
+    lines += [f"verdict  {': '.join(verdict(report))}"] if report.decision else []
     lines += [f"warning  {text}" for text in report.warnings]
     adapters = [f"adapter  {_shown(stage.outputs['adapter'])}" for stage in report.stages if "adapter" in stage.outputs]
     lines += ["", *adapters] if adapters or report.final else []
@@ -128,17 +159,56 @@ def closing_lines(report: Report, mlflow: str) -> list[str]:
         lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
         vllm = next((line for line in report.serving if line.engine == "vllm"), None)
         lines += [f"serve    {vllm.command.format(model=where)}{f'   ({vllm.note})' if vllm.note else ''}"] if vllm else []
+    lines += [f"report   {_shown(str(page))}"] if page else []
     lines += [f"{label:<8} {text}" for label, text in zip(("mlflow", ""), mlflow.splitlines(), strict=False)]
     return lines
 
 
+def task_sentences(report: Report) -> list[str]:
+    """`next_line/acc 0.610 +- 0.028 (quantize.model), the source 0.640; 12 of 300 items turned wrong, 5 right`."""
+    return [_task_sentence(task, score) for task in report.tasks for score in task.metrics]
+
+
+def _task_sentence(task: TaskReport, score: TaskMetric) -> str:
+    error = "" if score.stderr is None else f" +- {score.stderr:.3f}"
+    sentence = f"{task.task}/{score.metric} {score.value:.3f}{error} ({task.measures})"
+    sentence += "" if score.source_value is None else f", the source {score.source_value:.3f}"
+    if score.flips_to_wrong is not None:
+        sentence += f"; {score.flips_to_wrong} of {task.items} items turned wrong, {score.flips_to_right} right"
+    return sentence + (f"; {task.unpaired} items have no counterpart" if task.unpaired else "")
+
+
 def markdown(report: Report) -> str:
-    """The table for a place that renders markdown."""
-    lines = [summary(report), ""] if report.verdict == "complete" else [f"{report.verdict}: {report.error}", ""]
+    """The verdict, the table, what was found, and what the plan had said of every stage, for a place that renders markdown."""
+    lines = [f"**{': '.join(verdict(report))}**", ""] if report.decision else []
+    lines += [*(f"- {gate.node}: {gate.says}" for gate in report.gates), ""] if report.gates else []
+    lines += [summary(report), ""] if report.verdict == "complete" else [f"{report.verdict}: {report.error}", ""]
     columns, rows = table_of(report)
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    lines += [*_markdown_table(columns, rows), ""]
+    lines += [*(f"- {sentence}" for sentence in task_sentences(report)), ""] if report.tasks else []
+    lines += ["Planned and measured (RAM: above what was loaded before the stage began; a hit: when it was computed)", ""]
+    lines += [*_markdown_table(COMPARED, comparison_rows(report)), ""]
+    said = [f"- warning: {text}" for text in report.warnings] + [f"- {name}: {note}" for note, name in notes(report).items()]
+    return "\n".join(lines + said).rstrip()
+
+
+def notes(report: Report) -> dict[str, str]:
+    """What stages said of their results, each with the first stage that said it.
+
+    The source model's twins repeat others, and what a gate or a data check would do is the plan's to say.
+    """
+    found: dict[str, str] = {}
+    for stage in report.stages:
+        planned = stage.type == Verdict.__name__ or stage.name.endswith("@source")
+        for note in () if planned else stage.notes:
+            if stage.stage == "dequantize" or not note.startswith(PLANNED_NOTES):
+                found.setdefault(note, stage.name)
+    return found
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
 def _shown(path: str) -> str:

@@ -20,6 +20,10 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target
 
 UTILISATION = 0.4  # of the peak: Llama 3 405B trained at 0.38 to 0.43 (https://arxiv.org/abs/2407.21783, table 4)
+FLOAT32_GPU = 16  # times slower than bf16: 312 to 19.5 TFLOP/s (A100 data sheet), as torch uses TF32 only if told; 2 on an RTX 4090
+FLOAT32_CPU = 2  # 2.3 measured on a core with AVX-512 BF16; 1 where a CPU has no instructions for bf16
+CORE_FLOPS = 2e11  # FLOP/s in bf16 of a core beside GPUs: 210e9 measured on one of an EPYC with AVX-512 BF16 ...
+CORES = 8  # ... and how many there are at least, where the target does not say: clouds rent an A100 with 12 and more
 
 
 def nominal_bytes(parameters: float, bits: float) -> float:
@@ -28,14 +32,15 @@ def nominal_bytes(parameters: float, bits: float) -> float:
 
 
 class Work(Frozen):
-    """What a stage computes (FLOP at the 16-bit rate) and moves between a processor and its memory (bytes); what it reads from and writes
-    to files (bytes); and what one core does alone, on a machine with GPUs too (seconds). Works that follow each other add.
-    """
+    """What a stage computes and moves. Works that follow each other add."""
 
-    flops: float = 0
-    nbytes: float = 0
-    disk: float = 0
-    cpu: float = 0
+    flops: float = 0  # FLOP at the 16-bit rate
+    float32_flops: float = 0  # FLOP of products in float32, which no matrix unit of a GPU speeds up
+    nbytes: float = 0  # moved between a processor and its memory
+    disk: float = 0  # bytes read from and written to files
+    cpu: float = 0  # seconds that one core works alone, on a machine with GPUs too ...
+    cpu_shared: float = 0  # ... seconds of one core for what all cores share there ...
+    cpu_flops: float = 0  # ... and FLOP in bf16 that they compute together
 
     def __add__(self, other: "Work") -> "Work":
         return Work(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
@@ -44,17 +49,24 @@ class Work(Frozen):
 def seconds(work: Work, target: Target, utilisation: float = UTILISATION, devices: int = 1) -> float | None:
     """Time of that work on `devices` of the target's processors, each at that share of its peak. None where a peak is not known.
 
-    Files are read and written, and single cores work, while the processors wait.
+    Files are read and written, and CPUs work, while GPUs wait.
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation: {utilisation} is not a share of the peak; write a number above 0 and up to 1")
+    compute = work.flops + work.float32_flops * (FLOAT32_GPU if target.gpus else FLOAT32_CPU)
+    cores = target.cores or (CORES if target.gpus else 1)
+    cpu = work.cpu + work.cpu_shared / cores
+    if target.gpus:
+        cpu += work.cpu_flops / (CORE_FLOPS * cores * utilisation)
+    else:
+        compute += work.cpu_flops
     times = []
-    for amount, rate in ((work.flops, target.flops), (work.nbytes, target.bandwidth)):
+    for amount, rate in ((compute, target.flops), (work.nbytes, target.bandwidth)):
         if amount and rate is None:
             return None
         if rate is not None:
             times.append(amount / (rate * utilisation * devices))
-    return max(times, default=0.0) + work.disk / target.disk_bandwidth + work.cpu
+    return max(times, default=0.0) + work.disk / target.disk_bandwidth + cpu
 
 
 def dollars(duration: float | None, target: Target) -> float | None:
@@ -75,7 +87,7 @@ def decode_work(spec: ModelSpec, context: int, batch: int) -> Work:
     """
     cache = spec.kv_cache.bytes_per_token * context * batch
     touched = 1 - (1 - spec.active_parameters / spec.num_parameters) ** batch
-    compute = 2 * _multiplied(spec) + _attention_flops(spec, context)
+    compute = 2 * multiplied_parameters(spec) + attention_flops(spec, context)
     return Work(flops=batch * compute, nbytes=_weights_read(spec) * touched + cache)
 
 
@@ -105,7 +117,7 @@ def crossover_batch(spec: ModelSpec, target: Target, context: int) -> float | No
     """
     if target.flops is None or target.bandwidth is None:
         return None
-    computing = (2 * _multiplied(spec) + _attention_flops(spec, context)) / target.flops
+    computing = (2 * multiplied_parameters(spec) + attention_flops(spec, context)) / target.flops
     reading = spec.kv_cache.bytes_per_token * context / target.bandwidth
     return _weights_read(spec) / target.bandwidth / (computing - reading) if computing > reading else None
 
@@ -117,20 +129,21 @@ def prefill_tokens_per_second(spec: ModelSpec, target: Target, context: int) -> 
     """
     if ridge(target) is None:
         return None
-    body = _multiplied(spec) - _table_size(spec)
-    work = Work(flops=context * (2 * body + _attention_flops(spec, context) / 2), nbytes=_weights_read(spec))
+    body = multiplied_parameters(spec) - table_size(spec)
+    work = Work(flops=context * (2 * body + attention_flops(spec, context) / 2), nbytes=_weights_read(spec))
     duration = seconds(work, target, utilisation=1, devices=target.devices)
     assert duration, "both peaks are known"
     return context / duration
 
 
-def _table_size(spec: ModelSpec) -> int:
+def table_size(spec: ModelSpec) -> int:
+    """Weights of the embedding, or of the head."""
     return spec.architecture.vocab_size * spec.architecture.hidden_size
 
 
-def _multiplied(spec: ModelSpec) -> int:
+def multiplied_parameters(spec: ModelSpec) -> int:
     """Weights that a token is multiplied with, at two FLOP each: not those of an embedding, unless it is tied and so the head too."""
-    return spec.active_parameters - (0 if spec.architecture.tied else _table_size(spec))
+    return spec.active_parameters - (0 if spec.architecture.tied else table_size(spec))
 
 
 def _weights_read(spec: ModelSpec) -> int:
@@ -139,7 +152,7 @@ def _weights_read(spec: ModelSpec) -> int:
     return spec.nbytes - spec.model_copy(update={"groups": embeddings}).nbytes
 
 
-def _attention_flops(spec: ModelSpec, context: int) -> float:
+def attention_flops(spec: ModelSpec, context: float) -> float:
     """Of one token against `context` earlier ones: a dot product and a weighted sum, for each layer and query head."""
     a = spec.architecture
     return 4.0 * a.num_layers * a.num_heads * a.head_dim * context

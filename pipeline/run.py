@@ -1,13 +1,14 @@
 """The way of one composed recipe: plan it, run it, report it, and say where the final model is.
 
-A run's folder is `outputs/runs/<recipe>/<digest12>/`: recipe.yaml (composed), plan.json, report.json, logs/, and `model`, a link to the
-final checkpoint in the store.
+A run's folder is `outputs/runs/<recipe>/<digest12>/`: recipe.yaml (composed), plan.json, report.json, report.html, report.md,
+logs/, and `model`, a link to the final checkpoint in the store.
 """
 
 import json
 import os
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,16 +18,18 @@ from pipeline.errors import Interrupted, LlmpressError, PlanError, StoreError
 from pipeline.executor import Listener, NodeResult, execute
 from pipeline.export import check_export, export_model
 from pipeline.graph import SOURCE_MODEL
+from pipeline.pages import write_pages
 from pipeline.plan import Plan, make_plan
 from pipeline.plan_table import plan_json, print_plan
 from pipeline.process import ForkServer
 from pipeline.progress import Display
 from pipeline.recipe import Recipe, Settings
-from pipeline.report import Report, RunRecord, build_report
+from pipeline.report import Report, build_report
 from pipeline.report_table import print_report
+from pipeline.run_record import RunRecord
 from pipeline.serving import write_serving
 from pipeline.store import SHORT, Store, check_writable, explain_os_error, write_whole
-from pipeline.target import format_size
+from pipeline.target import format_size, free_disk, has_gpu
 from pipeline.tracking import Tracker
 
 
@@ -37,23 +40,57 @@ def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: P
     """
     root = outputs_folder(settings)
     store = Store(root)
+    if settings.mode == "run":
+        recipe = replace(recipe, compute=recipe.machine.here())
     plan = make_plan(recipe, store, resources, execute=False)  # what is wrong is found before a long digest or download, or any writing
     if settings.mode == "plan":
         if settings.format == "json":
             print(json.dumps(plan_json(plan), indent=1))
         else:
             print_plan(plan, Console())
+        _check_fit(plan, settings)
         return {}
     if not (recipe.model.path or recipe.model.id):
         raise PlanError("model: it is an architecture without weights, which can be planned but not run; give model.path=/folder")
     if settings.export_to:
         check_export(plan, export_folder(settings))
+    _check_fit(plan, settings)
     check_writable(root)
     try:
         with using(store):
-            return _execute(make_plan(recipe, store, resources, execute=True), settings, store, composed, server, sweep)
+            plan = make_plan(recipe, store, resources, execute=True)
+            _check_here(plan, store, settings)
+            return _execute(plan, settings, store, composed, server, sweep)
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
+
+
+def _check_fit(plan: Plan, settings: Settings) -> None:
+    """PlanError where the plan says that it cannot run there or be served, unless the user wants it all the same."""
+    if plan.problems and settings.fit == "refuse":
+        raise PlanError([*plan.problems[:-1], f"{plan.problems[-1]}; or run it all the same: fit=warn"])
+    for problem in plan.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _check_here(plan: Plan, store: Store, settings: Settings) -> None:
+    """PlanError where this machine lacks what the plan counts on: a GPU, or room on its disk."""
+    problems = []
+    machine, free = plan.recipe.machine, free_disk(store.root)
+    if machine.cuda and any(node.memory.totals["vram"] for node in plan.to_run) and not has_gpu():
+        problems.append(
+            f"target: the plan is for the GPU of {machine.name} and this machine has none; run it there, or plan for this machine's "
+            "processor: +target@compute=host"
+        )
+    if plan.disk > free:
+        problems.append(
+            f"outputs: what is to run takes {format_size(plan.disk)} of disk and {format_size(free)} are free in {store.root}; free some "
+            "space (`run mode=gc` removes what no run uses) or choose another folder with outputs=..."
+        )
+    if problems and settings.fit == "refuse":
+        raise PlanError(problems)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 def outputs_folder(settings: Settings) -> Path:
@@ -99,9 +136,10 @@ def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server
         error = Interrupted("interrupted after the last stage; the same command completes the run's folder")
     report = build_report(plan, record, error)
     report.write(run_dir)
+    page = _write_pages(report, run_dir)
     if report.final:
         write_serving(run_dir, plan.final_spec, report.final.path, report.final_quality())
-    _show(report, settings, tracker)
+    _show(report, settings, tracker, page)
     if error is not None:
         raise error
     if settings.export_to:
@@ -111,14 +149,22 @@ def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server
     return report.metrics
 
 
-def _show(report: Report, settings: Settings, tracker: Tracker | None) -> None:
+def _write_pages(report: Report, run_dir: Path) -> Path:
+    """Where the report is as HTML; a plot that it lacks is told."""
+    page, problems = write_pages(report, run_dir)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return page
+
+
+def _show(report: Report, settings: Settings, tracker: Tracker | None, page: Path) -> None:
     """Hand the report to MLflow and print it."""
     line = tracker.finish(report) if tracker else ""
     if settings.format == "json":
         print(report.model_dump_json(indent=1))
         print(line, file=sys.stderr)
     else:
-        print_report(report, Console(), line)
+        print_report(report, Console(), line, page)
 
 
 def _link_model(plan: Plan, store: Store, run_dir: Path) -> None:

@@ -1,30 +1,40 @@
 """What a recipe's `model` and `data` stand for: opened, checked from headers, and given the key of their content.
 
-A local model's key is the digest of its files, wherever they lie; a hub model's is its id and resolved commit. Hashing a large
-folder takes minutes, so a plan leaves the digest of one above `HASH_AT_ONCE` pending (`key` is empty) unless it is remembered;
-executing computes it.
+A local model's key is the digest of its files, wherever they lie; a hub model's is its id and resolved commit; a split's is its
+content, also where it came from the hub. Hashing a large folder takes minutes, so a plan leaves the digest of one above
+`HASH_AT_ONCE` pending (`key` is empty) unless it is remembered, and that of a hub dataset until it was fetched; executing computes it.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, FileFormat, QuantizedCheckpoint, tokenizer_digest
+from pipeline.artifact import (
+    SUFFIXES,
+    Checkpoint,
+    DataFormat,
+    Dataset,
+    DatasetSpec,
+    DenseCheckpoint,
+    QuantizedCheckpoint,
+    tokenizer_digest,
+)
 from pipeline.companions import CACHE_FILE, COMPANIONS
-from pipeline.errors import RecipeError
+from pipeline.errors import InputProblems, RecipeError
 from pipeline.headers import CheckpointFileError, TensorEntry, read_json, tensor_table
+from pipeline.hub_data import export, exported, find_hub_split
 from pipeline.identity import DigestMemo, data_key, folder_key, hub_key, model_files
 from pipeline.kv_sidecar import read_cache
-from pipeline.recipe import DataSource, ModelSource, resolve_path
+from pipeline.recipe import DataSource, ModelSource, SplitSource, resolve_path
 from pipeline.spec import ModelSpec
+from pipeline.task_names import task_files, task_names
 
 HASH_AT_ONCE = 256_000_000  # bytes of a model that a plan reads whole
 READ_AT_ONCE = 64_000_000  # bytes of text that a plan reads whole
 BLOCK_BYTES = 1 << 20  # of each of two tensors that are compared
 ADAPTER = "adapter_config.json"  # leads transformers away from the folder's own weights, to those the adapter was made for
 HUB_FILES = ["README.md", "config.json", ADAPTER, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
-FILE_FORMATS: dict[str, FileFormat] = {".jsonl": "jsonl", ".txt": "txt"}
 
 
 def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute: bool, where: str = "model") -> Checkpoint:
@@ -47,40 +57,76 @@ def open_model(model: ModelSource, resources: Path, memo: DigestMemo, *, execute
             if not model.id:
                 raise ValueError(f"it is an architecture without weights, which can be planned but not run; give {where}.path=/folder")
         return _hub_model(model, execute, where)
-    except (ValueError, OSError) as error:  # CheckpointFileError and config problems are ValueErrors
+    except InputProblems as error:
+        raise RecipeError(f"{where}: {problem}" for problem in error.problems) from None
+    except (ValueError, OSError) as error:  # CheckpointFileError is a ValueError
         raise RecipeError(f"{where}: {error}") from None
 
 
 def open_split(data: DataSource, split: str, resources: Path, memo: DigestMemo, *, execute: bool) -> Dataset:
-    """One split with its spec and key. RecipeError where the file is missing, empty or no text.
+    """One split with its spec and key. RecipeError where it is missing, empty or not what its format says.
 
-    Every document is read; of a file above `READ_AT_ONCE` only the first one unless `execute`.
+    Every document is read; of a file above `READ_AT_ONCE` only the first one unless `execute`. A hub dataset is fetched when executing,
+    to a file beside the memo; before that its digest is pending.
     """
     where = f"data.splits.{split}"
     source = data.splits[split]
+    if source.path is None:
+        return _hub_split(source, split, memo, execute, where)
     path = _place(source.path, resources, where)
-    if path.suffix not in FILE_FORMATS:
-        raise RecipeError(f"{where}: {path.name} is not a .jsonl or .txt file")
-    file_format = FILE_FORMATS[path.suffix]
-    if source.format == "messages" and file_format != "jsonl":
-        raise RecipeError(f"{where}: {path.name} is not a .jsonl file; conversations are read from those only")
     try:
-        digest, nbytes = memo.compute(path), path.stat().st_size
-        spec = DatasetSpec(split=split, format=source.format, file_format=file_format, digest=digest, nbytes=nbytes)
-        dataset = Dataset(path, spec, data_key(source.format, file_format, digest))
-        samples: Iterator[object] = dataset.conversations() if dataset.is_chat else dataset.documents()
-        found = next(samples, None)
-        if execute or nbytes <= READ_AT_ONCE:
-            deque(samples, maxlen=0)  # each line is checked as it is read
+        return _task_split(path, split, memo) if source.format == "tasks" else _read_split(path, source.format, split, memo, execute)
     except FileNotFoundError:
         raise RecipeError(f"{where}: {path} does not exist") from None
     except OSError as error:
         raise RecipeError(f"{where}: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RecipeError(f"{where}: {error}") from None
-    if found is None:
-        raise RecipeError(f"{where}: {path} holds no document")
-    return dataset
+
+
+def _read_split(path: Path, form: DataFormat, split: str, memo: DigestMemo, execute: bool, origin: str = "") -> Dataset:
+    """Of a file. ValueError, OSError: what is wrong with it."""
+    file_format = SUFFIXES.get(path.suffix)
+    if file_format is None:
+        raise ValueError(f"{path.name} is not a .jsonl, .parquet or .txt file")
+    if form == "messages" and file_format == "txt":
+        raise ValueError(f"{path.name} is not a .jsonl or .parquet file; conversations are read from those only")
+    digest, nbytes = memo.compute(path), path.stat().st_size
+    spec = DatasetSpec(split=split, format=form, file_format=file_format, digest=digest, nbytes=nbytes, origin=origin)
+    dataset = Dataset(path, spec, data_key(form, file_format, digest))
+    samples: Iterator[object] = dataset.conversations() if dataset.is_chat else dataset.documents()
+    if next(samples, None) is None:
+        raise ValueError(f"{path} holds no document")
+    if not (execute or nbytes <= READ_AT_ONCE):
+        return dataset
+    return replace(dataset, spec=spec.model_copy(update={"documents": 1 + sum(1 for _ in samples)}))  # each is checked as it is read
+
+
+def _task_split(folder: Path, split: str, memo: DigestMemo) -> Dataset:
+    """A folder of evaluation tasks. Its digest covers every file, by name and content."""
+    folder.stat()  # FileNotFoundError
+    if not folder.is_dir():
+        raise ValueError(f"{folder.name} is not a folder; give the folder of lm-evaluation-harness tasks")
+    files = task_files(folder)
+    names = task_names(files)
+    digest, nbytes = folder_key({name: memo.compute(file) for name, file in files.items()}), sum(f.stat().st_size for f in files.values())
+    spec = DatasetSpec(split=split, format="tasks", file_format="folder", digest=digest, nbytes=nbytes, tasks=names)
+    return Dataset(folder, spec, data_key("tasks", "folder", digest))
+
+
+def _hub_split(source: SplitSource, split: str, memo: DigestMemo, execute: bool, where: str) -> Dataset:
+    cache = memo.file.parent / "datasets"
+    found, nbytes = find_hub_split(source, cache, where)
+    file = exported(found, cache)
+    if file is None and execute:
+        file = export(found, source, cache, where)
+    if file is None:
+        spec = DatasetSpec(split=split, format=source.format, file_format="jsonl", digest="", nbytes=nbytes, origin=str(found))
+        return Dataset(Path(), spec, "")
+    try:
+        return _read_split(file, source.format, split, memo, execute, str(found))
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:
@@ -88,6 +134,8 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
     by_digest: dict[str, list[str]] = {}
     for name, dataset in splits.items():
         assert isinstance(dataset.spec, DatasetSpec)
+        if not dataset.spec.digest:  # not here yet
+            continue
         by_digest.setdefault(dataset.spec.digest, []).append(name)
     problems = [
         f"data.splits: {', '.join(names[:-1])} and {names[-1]} are the same file content; splits must be disjoint"

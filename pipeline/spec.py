@@ -195,7 +195,7 @@ class ModelSpec(Frozen):
             if group.kind != "linear":
                 groups.append(group)
                 continue
-            chosen, rest = group.split(lambda name: not ignored(name, ignore))
+            chosen, rest = _split(group, ignore)
             if chosen and form.group_size and group.shape[1] % form.group_size:
                 misfits.append(f"{group.pattern} ({group.shape[1]})")
             groups += [part.model_copy(update={"format": form}) for part in chosen] + rest
@@ -280,6 +280,12 @@ def ignored(module: str, ignore: tuple[str, ...]) -> bool:
     ValueError for a pattern that is no regular expression.
     """
     return any(_pattern(p[3:]).match(module) is not None if p.startswith("re:") else p == module for p in ignore)
+
+
+def _split(group: ModuleGroup, ignore: tuple[str, ...]) -> tuple[list[ModuleGroup], list[ModuleGroup]]:
+    """The modules that `ignore` does not name, and the others."""
+    near = tuple(entry for entry in ignore if entry.startswith("re:") or group.may_hold(entry))
+    return group.split(lambda name: not ignored(name, near)) if near else ([group], [])
 
 
 @cache

@@ -45,8 +45,13 @@ BUILT_IN = {
     "kv_cache": "stages.kv_cache:KVCache",
     "dequantize": "stages.dequantize:Dequantize",
     "evaluate": "stages.evaluate:Evaluate",
+    "data_check": "stages.data_check:DataCheck",
+    "lm_eval": "stages.lm_eval:LMEval",
+    "benchmark": "stages.benchmark:BenchmarkStage",
+    "gate": "stages.gate:Gate",
 }
 ENTRY_POINT_GROUP = "llmpress.stages"
+HALVES = ("half",)  # in `lightens`: half of the number that is set, and so on down to 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,10 @@ class Stage(ABC):
     resumes: ClassVar[bool] = False  # continues from what an interrupted attempt left in `ctx.output`; else that is cleared first
     keeps_weights: ClassVar[bool] = False  # the model computes what it did, so that what was calibrated for it stays valid
     reads_conversations: ClassVar[bool] = False  # its datasets may be of format messages; to any other stage the plan refuses these
-    libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the numbers, so is part of the key
+    compares: ClassVar[bool] = False  # what it measures says something beside the source model's: it is measured the same way
+    lightens: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # settings that take less memory, the nearest first, with values to try in turn
+    measures_machine: ClassVar[bool] = False  # the result holds for this machine alone, so that its fingerprint is part of the key
+    libraries: tuple[str, ...] = ()  # distributions whose version changes the numbers, so is part of the key; parameters may add some
 
     class Params(Frozen):
         """What changes the result."""
@@ -134,9 +142,27 @@ class Stage(ABC):
         """What it computes and moves, from the inputs' specs (by port), for the plan's hours. None: not known."""
         return None
 
-    def lighter(self, *args: Any, **specs: Any) -> Iterator[tuple[str, "Stage", dict[str, Any]]]:
-        """Changes that take less memory, the nearest first: what to write, the stage and its input specs with that one change made."""
-        yield from ()
+    def measures(self) -> tuple[str, ...]:
+        """Metrics that a gate may ask its report for, as names or patterns such as `next_line/*`."""
+        return ()
+
+    def lighter(self, *args: Any, **specs: Any) -> Iterator["Lighter"]:
+        """Changes that take less memory, the nearest first: what to write, the stage and its input specs with that one change made.
+
+        Those of `lightens`; a stage adds others, such as another kind of input.
+        """
+        for setting, values in self.lightens.items():
+            scope, _, field = setting.rpartition(".")
+            old = getattr(self.execution if scope else self.params, field)
+            for value in _halves(old or 1) if values == HALVES else values:
+                if value != old:
+                    yield f"{setting}={str(value).lower()}", self._with(scope, field, value), specs
+
+    def _with(self, scope: str, field: str, value: Any) -> "Stage":
+        """The same stage with one setting changed, `scope` being `execution` or nothing. Not validated: `lightens` names legal values."""
+        if scope:
+            return type(self)(self.params, self.execution.model_copy(update={field: value}))
+        return type(self)(self.params.model_copy(update={field: value}), self.execution)
 
     def on_gpu(self, target: Target) -> bool:
         """Whether it computes on a GPU of that machine."""
@@ -164,6 +190,15 @@ class Stage(ABC):
 
     def outputs(self) -> dict[str, Port]:
         return {name: port for name, port in output_ports(type(self)).items() if name not in self.unmade()}
+
+
+Lighter = tuple[str, Stage, dict[str, Any]]  # what to write, the stage and its input specs then
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number > 1:
+        number //= 2
+        yield number
 
 
 @cache

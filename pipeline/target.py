@@ -149,6 +149,11 @@ class Target(Frozen):
         """Whether stages compute on a GPU there: they use CUDA or the CPU, so that of a unified memory they use the CPU's side."""
         return self.gpus > 0 and not self.unified
 
+    def here(self) -> "Target":
+        """As it is when this machine turns out to be the one: RAM and cores are detected where they are not given."""
+        found = Target.host()
+        return self.model_copy(update={"ram": self.ram or found.ram, "cores": self.cores or found.cores})
+
     def without_gpus(self) -> "Target":
         """What computes there beside the GPUs: of a machine that has some, neither FLOP/s nor bandwidth are known."""
         return self.model_copy(update={"gpus": 0, "memory": None, "flops": None, "bandwidth": None}) if self.gpus else self
@@ -174,6 +179,11 @@ class Target(Frozen):
         if self.reserve is not None:
             return self.reserve
         return 2 * 2**30 + (0 if self.unified else (self.room or 0) // 10)
+
+
+def has_gpu() -> bool:
+    """Whether a driver for a GPU that PyTorch could use (NVIDIA's, AMD's, or Windows' under WSL) is loaded here; asks no library."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def free_disk(folder: Path) -> int:

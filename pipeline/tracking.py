@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.artifact import EvalReport, Manifest
+from pipeline.artifact import MEASUREMENTS, Manifest
 from pipeline.identity import digest, non_default
 from pipeline.plan import Plan, PlannedNode
 from pipeline.process import package_path
@@ -195,6 +195,8 @@ def _node_header(node: PlannedNode, number: int) -> dict[str, Any]:
     specs = [spec for spec in node.expected.values() if isinstance(spec, ModelSpec)]
     if specs:
         planned["planned_nbytes"] = float(sum(spec.nbytes for spec in specs))
+    if node.seconds is not None:
+        planned["planned_seconds"] = node.seconds
     return {
         "number": number,
         "stage": node.stage.name,
@@ -223,7 +225,7 @@ def _model_name(model: ModelSource) -> str:
 
 def short_name(plan: Plan) -> str:
     """`prune>distill>gptq4`: what was done to the model, in order, inserted conversions included; measurements alone if nothing was."""
-    made = [node for node in plan.nodes if EvalReport not in node.types.values()]
+    made = [node for node in plan.nodes if not all(issubclass(kind, MEASUREMENTS) for kind in node.types.values())]
     return ">".join(map(short_stage, made or plan.nodes))
 
 
@@ -237,9 +239,16 @@ def short_stage(node: PlannedNode) -> str:
 
 
 def measurements(manifest: Manifest) -> dict[str, float]:
-    """An artifact's numbers under the flat names of MLflow."""
+    """An artifact's numbers under the flat names of MLflow. Each known `measured_<name>` answers a `planned_<name>` of `_node_header`."""
     size = model_facts(manifest.spec) if manifest.spec else {"nbytes": float(artifact_bytes(manifest))}
-    return size | {"seconds": manifest.seconds, "measured_peak_ram": float(manifest.peak_rss)} | manifest.metrics
+    found = {
+        "nbytes": manifest.tensor_bytes,
+        "peak_ram": manifest.peak_ram,
+        "peak_vram": manifest.peak_vram,
+        "seconds": manifest.seconds,
+    }
+    measured = {f"measured_{name}": float(value) for name, value in found.items() if value is not None}
+    return size | {"seconds": manifest.seconds} | measured | manifest.metrics
 
 
 def is_recorded(run_dir: Path, uri: str, state: str) -> bool:

@@ -11,10 +11,8 @@ The folder is the whole protocol, so it does not matter who started the process:
 
 import errno
 import faulthandler
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -30,6 +28,7 @@ from pipeline.layout import Frozen
 from pipeline.parent import end_with_parent
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
+from pipeline.usage import environment, peak_rss, peak_vram, resident
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of the same label
 LIBRARY_DEFAULTS = {
@@ -39,7 +38,6 @@ LIBRARY_DEFAULTS = {
     "HF_HUB_OFFLINE": "1",  # a stage reads what the plan names; bitsandbytes would fetch native code wherever `kernels` is installed
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow (through pandas) would start a thread, after which forking is unsafe
 }
-LIBRARIES = ("llmpress", "torch", "transformers", "safetensors", "tokenizers", "compressed-tensors", "llmcompressor", "numpy", "pydantic")
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 DISK_FULL = ("no space left on device", "disk quota exceeded")
 
@@ -75,12 +73,16 @@ class OutputArtifact(Frozen):
 
 
 class Success(Frozen):
-    """`seconds` includes the guard; `peak_rss` is in bytes and counts pages shared with the fork server."""
+    """`seconds` includes the guard. Memory is in bytes: `peak_rss` counts pages shared with the fork server, `floor_rss` is what was
+    resident before the stage's `run` began, `peak_vram` what torch reserved on all GPUs. None: the system does not say; no GPU was used.
+    """
 
     ok: Literal[True] = True
     outputs: dict[str, OutputArtifact]
     seconds: float
     peak_rss: int
+    floor_rss: int | None
+    peak_vram: int | None
     environment: dict[str, str]
 
 
@@ -125,8 +127,15 @@ def run_job(folder: Path) -> int:
     try:
         request = Request.model_validate_json((folder / "request.json").read_bytes())
         with open(folder / "events.jsonl", "a", encoding="utf-8") as stream:
-            outputs = _execute(request, EventLog(stream))
-        response = Success(outputs=outputs, seconds=time.monotonic() - started, peak_rss=peak_rss(), environment=environment())
+            outputs, floor = _execute(request, EventLog(stream))
+        response = Success(
+            outputs=outputs,
+            seconds=time.monotonic() - started,
+            peak_rss=peak_rss(),
+            floor_rss=floor,
+            peak_vram=peak_vram(),
+            environment=environment(),
+        )
         code = 0
     except BaseException as error:  # sys.exit() in a stage too: whatever ended it must become a sentence
         _limit_memory(None)  # so that memory is left to say so
@@ -144,23 +153,26 @@ def run_job(folder: Path) -> int:
     return code
 
 
-def _execute(request: Request, log: EventLog) -> dict[str, OutputArtifact]:
+def _execute(request: Request, log: EventLog) -> tuple[dict[str, OutputArtifact], int | None]:
+    """What the stage made, by output port, and the bytes that were resident before it began."""
     stage = find_stage(request.stage).from_dict(request.params, request.execution)
     _limit_memory(stage.execution.memory_limit)
     inputs = {
         port: TYPES[given.type](given.path, given.spec, given.key) if given else None  # None: not wired, or unused by these params
         for port, given in request.inputs.items()
     }
+    floor = resident()
     made = _by_port(request, stage.run(Context(request.output, log.emit), **inputs))
     for port, artifact in made.items():
         if isinstance(artifact, Checkpoint):
             _guard(artifact, request.expected[port])
-    return {
+    outputs = {
         port: OutputArtifact(
             type=type(artifact).__name__, path=artifact.path.relative_to(request.output).as_posix(), metrics=dict(artifact.metrics)
         )
         for port, artifact in made.items()
     }
+    return outputs, floor
 
 
 def _by_port(request: Request, made: Any) -> dict[str, Artifact]:
@@ -213,40 +225,6 @@ def _limit_memory(nbytes: int | None) -> None:
     """Bound private writable memory; None lifts it. Not RLIMIT_AS, which also counts files mapped to read, such as weights."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard if nbytes is None else nbytes, hard))
-
-
-def peak_rss() -> int:
-    """Bytes. From /proc on Linux: after an exec, getrusage still counts the peak of the process that was replaced."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return parse_peak_rss(status)
-
-
-def parse_peak_rss(status: str) -> int:
-    """Bytes, from the content of a /proc/<pid>/status; 0 for a zombie, whose memory is gone."""
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
-
-
-def environment() -> dict[str, str]:
-    """Where a result was computed: provenance, never part of a key. Imports none of the libraries it names."""
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "hostname": platform.node(),
-        "cpus": str(os.cpu_count()),
-    }
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an isolated backend has its own set
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def set_library_defaults() -> None:

@@ -7,19 +7,17 @@ from pydantic import Field
 
 from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
 from pipeline.headers import ITEM_BYTES
+from pipeline.roofline import Work, attention_flops
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
+from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
-from stages.runtime.scheme import (
-    CalibratedQuantization,
-    CalibrationExecution,
-    batch_memory,
-    calibration_memory,
-    layer_bytes,
-    probe_memory,
-)
+from stages.runtime.peak_memory import layer_bytes, peak
+from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, batch_memory, calibration_memory
 from stages.runtime.smoothing import has_grouped_queries, smoothings
+from stages.runtime.stage_work import calibrating
+from stages.runtime.training_settings import check_windows
 
+SEARCH_TRAFFIC = 320  # bytes moved for each weight of a candidate: 38e6 weights a second of one core, at 0.4 of the 31 GB/s it copies with
 SEARCH_BYTES = 28  # working memory for each weight of the matrix being tried, measured: it is scaled, rounded and unscaled in float64
 
 
@@ -41,6 +39,7 @@ class AWQ(Stage):
 
     name, version = "awq", 1
     libraries = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+    lightens = {"execution.batch_size": HALVES, "execution.offload": ("disk",), "num_samples": HALVES}
 
     class Params(CalibratedQuantization):
         symmetric: bool = False
@@ -54,29 +53,51 @@ class AWQ(Stage):
     execution: Execution
 
     def infer(self, model: ModelSpec, calibration: DatasetSpec) -> ModelSpec:
-        return self.params.apply(model)
+        quantized = self.params.apply(model)
+        check_windows(self.params.num_samples, self.params.max_length, calibration, model)
+        return quantized
 
     def memory(self, model: ModelSpec, calibration: DatasetSpec, target: Target) -> Memory:
         """While the scales of one decoder layer are searched: the inputs of its searched modules are kept for every window."""
         packed, item, tokens = self.params.apply(model), ITEM_BYTES[model.dtype], self.params.tokens
         shapes = {name: group.shape for group in packed.linear_groups for name in group.module_names}
         inputs: Counter[str] = Counter()  # decoder layer -> columns of what its searched modules read
-        working, changed = 0, set[str]()
+        copies, rounded, changed = 0, 0, set[str]()
         for pair in smoothings(packed):
             weights = [math.prod(shapes[name]) for name in pair.balance]
-            working = max(working, item * sum(weights) + SEARCH_BYTES * max(weights))
+            copies, rounded = max(copies, item * sum(weights)), max(rounded, *weights)
             inputs[pair.searched.split(".")[2]] += shapes[pair.balance[0]][1]
             changed |= {pair.smooth, *pair.balance}
         search = {
             "outputs of one module, dense and rounded": 2 * tokens * model.architecture.hidden_size * item,
-            "working copies of one module's weights": working,
-            "activations of one batch": batch_memory(self.params, model, self.execution.batch_size),
+            "copies of one module's weights": copies,
+            **peak(  # weights are scaled and rounded, then their module runs
+                {"working memory of one weight": SEARCH_BYTES * rounded},
+                {"activations of one batch": batch_memory(self.params, model, self.execution.batch_size)},
+            ),
         }
-        held = calibration_memory(self.params, self.execution, model, packed, changed)
-        ram = held.ram | {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
-        if self.on_gpu(target):
-            return held.model_copy(update={"ram": ram | probe_memory(model), "vram": {"one layer": layer_bytes(model), **search}})
-        return held.model_copy(update={"ram": ram | search})
+        kept = {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
+        on_gpu = self.on_gpu(target)
+        held = calibration_memory(self.params, self.execution, model, packed, changed, kept if on_gpu else kept | search)
+        return held.model_copy(update={"vram": {"one layer": layer_bytes(model), **search}}) if on_gpu else held
+
+    def work(self, model: ModelSpec, calibration: DatasetSpec) -> Work:
+        """For every r the weights are scaled and rounded, and their module runs on all windows; once more it runs dense."""
+        packed, p = self.params.apply(model), self.params
+        sizes: Counter[str] = Counter()  # weights of Linear layers, and of the modules that hold them
+        for group in packed.linear_groups:
+            weights = math.prod(group.shape)
+            for name in group.module_names:
+                sizes[name] += weights
+                sizes[name.rpartition(".")[0]] += weights
+        attention = attention_flops(model, p.max_length) / model.architecture.num_layers
+        flops, nbytes, changed = 0.0, 0.0, set[str]()
+        for pair in smoothings(packed):
+            flops += 2 * sizes[pair.searched] + attention * pair.searched.endswith("self_attn")
+            nbytes += SEARCH_TRAFFIC * sum(sizes[name] for name in pair.balance)
+            changed |= {pair.smooth, *pair.balance}
+        searching = Work(flops=(p.n_grid + 1) * p.tokens * flops, nbytes=p.n_grid * nbytes)
+        return calibrating(p, self.execution, model, packed, changed, calibration) + searching
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
         shape, sentences = model.architecture, self.params.explain()

@@ -1,10 +1,12 @@
 """The named conversion from packed weights back to dense ones, inserted where a stage needs dense weights."""
 
 from pipeline.artifact import DenseCheckpoint, QuantizedCheckpoint
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.scheme import packing_memory
+from stages.runtime.stage_work import publishing, reading
 
 
 class Dequantize(Stage):
@@ -22,6 +24,9 @@ class Dequantize(Stage):
 
     def memory(self, model: ModelSpec, target: Target) -> Memory:
         return packing_memory(model.dense(), model, writes=model.dense())
+
+    def work(self, model: ModelSpec) -> Work:
+        return reading(model) + publishing(model.dense())
 
     def explain(self, model: ModelSpec) -> list[str]:
         return [

@@ -1,6 +1,7 @@
 """Distillation: train a student to predict what a teacher predicts, to recover what pruning took from it."""
 
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
@@ -8,11 +9,14 @@ from pydantic import Field
 
 from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec, TeacherLogits
 from pipeline.errors import InputProblems
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
+from pipeline.stage import HALVES, Context, Lighter, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.launch import ALONE, launch, read_config
-from stages.runtime.lora_settings import adapter_spec, check_rank, nf4_bytes
+from stages.runtime.lora_settings import adapter_spec, check_rank, loading_memory, nf4_bytes
+from stages.runtime.peak_memory import peak
+from stages.runtime.stage_work import forward_flops, merging, micro_batches, publishing, reading, tokenizing, training, unpacking_nf4
 from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, activation_memory
 
 STATE_BYTES = 16  # of a trained weight: itself, its gradient and AdamW's two moments, each fp32 ...
@@ -37,6 +41,13 @@ class Distill(Stage):
     name, version = "distill", 1
     resumes = True
     libraries = ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes")
+    lightens = {
+        "execution.gradient_checkpointing": (True,),
+        "execution.micro_batch_size": HALVES,
+        "teacher_precision": ("nf4",),
+        "method": ("lora",),
+        "max_length": HALVES,
+    }
 
     class Params(TrainingParams):
         temperature: float = Field(default=2.0, gt=0, le=100)  # above 1 the teacher's small probabilities count for more
@@ -87,17 +98,25 @@ class Distill(Stage):
         held = {  # by each process
             "student, frozen in NF4": nf4_bytes(student, double_quant=True, item=p.item) if adapts else 0,
             "trained weights, their gradients and AdamW's moments": STATE_BYTES * trained // processes.shards,
-            "copy of the weights in bf16": 0 if adapts or p.dtype == "fp32" or processes.sharded else 2 * student.num_parameters,
             "weights gathered for their layer": gathered_bytes(student) if processes.sharded else 0,
+        }
+        passing = {  # made in the forward, gone at the end of the backward
+            "copy of the weights in bf16": 0 if adapts or p.dtype == "fp32" or processes.sharded else 2 * student.num_parameters,
             "gradient of the output embedding": 0 if adapts else (4 + 2) * shape.vocab_size * shape.hidden_size,  # and a chunk's part of it
             **activation_memory(p, self.execution, student, on_gpu, p.adapter if adapts else None),
         }
+        if not adapts and p.global_batch_size <= self.execution.micro_batch_size * processes.count:
+            passing = beside_gradients(passing, 4 * trained // processes.shards)
+        held |= passing
+        guide = {}
         if isinstance(teacher, ModelSpec):
             in_bf16 = 2 * teacher.num_parameters
-            held["teacher"] = nf4_bytes(teacher, double_quant=True) if p.teacher_precision == "nf4" else in_bf16
+            guide["teacher"] = nf4_bytes(teacher, double_quant=True) if p.teacher_precision == "nf4" else in_bf16
             if p.teacher_precision == "bf16":
-                held["teacher as it is stored, while loading"] = teacher.nbytes - in_bf16 if teacher.is_dense else teacher.nbytes
-        held = {name: count for name, count in held.items() if count}
+                guide["teacher as it is stored, while loading"] = teacher.nbytes - in_bf16 if teacher.is_dense else teacher.nbytes
+        if adapts and not on_gpu:
+            held = peak(held, loading_memory(student, double_quant=True, item=p.item))
+        held = {name: count for name, count in (held | guide).items() if count}
         data = {"the dataset's text and token ids": 10 * train.nbytes}
         disk = {"checkpoint": student.nbytes, "state of the training, twice while it is replaced": 2 * CHECKPOINT_BYTES * trained}
         if on_gpu:
@@ -105,6 +124,30 @@ class Distill(Stage):
                 data["student in each process, until it is split"] = 4 * student.num_parameters * processes.count
             return Memory(vram=held, ram=data, disk=disk)
         return Memory(ram={name: count * processes.count for name, count in (held | data).items()}, disk=disk)
+
+    def work(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> Work:
+        """Of each process, with a GPU of its own; what they read is read once."""
+        p, adapts = self.params, self.params.method == "lora"
+        processes = read_config(self.execution.accelerate_config) if self.execution.accelerate_config else ALONE
+        work = training(p, self.execution, student, p.adapter if adapts else None, processes)
+        work += tokenizing(train) + reading(student) + (merging(student) if adapts else Work()) + publishing(student)
+        if isinstance(teacher, ModelSpec):
+            packed = unpacking_nf4(p, teacher, 1) * micro_batches(p, self.execution, processes.count)
+            scored = forward_flops(teacher, p.tokens / processes.count, p.max_length)
+            work += reading(teacher) + Work(flops=scored, nbytes=packed if p.teacher_precision == "nf4" else 0)
+        elif teacher is not None:
+            work += Work(disk=p.epochs * teacher.nbytes)
+        return work
+
+    def lighter(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> Iterator[Lighter]:
+        """Also the teacher's logits in place of a teacher that is loaded."""
+        specs = {"student": student, "train": train, "teacher": teacher}
+        if isinstance(teacher, ModelSpec):
+            p, shape = self.params, teacher.architecture
+            stored = LogitsSpec(vocab_size=shape.vocab_size, k=32, temperature=p.temperature, num_samples=p.num_samples,
+                                max_length=p.max_length, data=train.digest, nbytes=0)  # fmt: skip
+            yield "inputs.teacher=<a teacher_logits stage with execution.mode: layerwise>", self, specs | {"teacher": stored}
+        yield from super().lighter(**specs)
 
     def explain(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> list[str]:
         p = self.params
@@ -174,6 +217,12 @@ def process_problems(p: Distill.Params, accelerate_config: str | None) -> list[s
             f"equally; write a global_batch_size and num_samples that {count} divides, or fewer processes"
         ]
     return []
+
+
+def beside_gradients(passing: dict[str, int], gradients: int) -> dict[str, int]:
+    """What of `passing` counts where an update has one micro batch: its backward makes the gradients in the place of what it uses up,
+    layer by layer, so that the larger of the two is there and not both."""
+    return {"what a micro batch takes, beyond the gradients that replace it": max(0, sum(passing.values()) - gradients)}
 
 
 def gathered_bytes(model: ModelSpec) -> int:

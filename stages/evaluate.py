@@ -1,17 +1,27 @@
 """How good a checkpoint is, alone and beside the model it was made from. Speed and memory are another stage's matter."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, EvalReport, tokenizer_digest
 from pipeline.headers import ITEM_BYTES
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
-from pipeline.target import Memory, Size, Target
-from stages.runtime.windows import HIDDEN_STATES, LOGITS_BUFFERS, LOGITS_BYTES, batches, cut_windows
+from pipeline.stage import HALVES, Context, Stage
+from pipeline.target import Memory, Target
+from stages.runtime.layerwise_settings import LayerwiseExecution
+from stages.runtime.peak_memory import freed_activations, layer_bytes, peak, resident_memory, widest
+from stages.runtime.scheme import unpacking_memory
+from stages.runtime.stage_work import TOKEN_BYTES, forward_flops, reading, tokenizing
+from stages.runtime.windows import HIDDEN_STATES, LOGITS_BUFFERS, LOGITS_BUFFERS_ALONE, LOGITS_BYTES, batches, cut_windows
+
+METRICS = (
+    "perplexity", "nll_per_token", "bits_per_byte", "kl_divergence", "kl_divergence_p99", "top1_agreement",
+    "kv_cache_perplexity_change_pct", "kv_cache_kl_divergence",
+)  # fmt: skip
 
 
 class Evaluate(Stage):
@@ -29,31 +39,25 @@ class Evaluate(Stage):
     measured: what the cache holds for one window of the longest length. It must be what the spec promises for each token. In bf16 the
     divergence has a floor (about 2e-4 where `bench/kv_cache.py` measures it): any change makes later layers round differently.
 
-    `report.json`: {"metrics": {name: float}, "documents": [{"id", "tokens" (scored), "bytes", "nll" (sum, nats),
-    "reference_nll", "kl" (sum, nats), "top1_matches" (count)}]}; the last three are null without a reference. With an INT8 cache
-    also "plain_cache_nll" and "plain_cache_kl" (sums, nats), of the ordinary cache. Documents stand in file order, so that two reports
-    on one dataset can be paired.
+    `report.json`: {"metrics": {name: float}, "documents": [{"id", "bytes", "tokens" (scored), "nll" (sum, nats), "reference_nll",
+    "kl" (sum, nats), "top1_matches" (count)}], "positions": [{"from", "to", "tokens", and as documents from there}]}; the last three
+    are null without a reference. With an INT8 cache also "plain_cache_nll" and "plain_cache_kl" (sums, nats), of the ordinary cache.
+    Documents stand in file order, so that two reports on one dataset can be paired. Positions are tokens before the scored one in its
+    window, `from` <= position < `to`, in buckets 64 wide up to 512 and doubling from there on (512-1024, 1024-2048): an error that
+    grows with context shows, which means over all tokens hide. Windows overlap by one token, and each counts from its own start.
+    No metric is made of a bucket, since how many tokens it holds depends on how long the documents are.
     """
 
-    name, version = "evaluate", 1
+    name, version = "evaluate", 2
     libraries = ("torch", "transformers", "compressed-tensors")
+    lightens = {"execution.batch_size": HALVES, "execution.mode": ("layerwise",), "execution.hidden_states": (1 << 30,)}
 
     class Params(Stage.Params):
         max_length: int = Field(default=512, ge=2)  # tokens of context; the model's max_position where that is less
         max_documents: int | None = Field(default=None, ge=1)
 
-    class Execution(Stage.Execution):
-        mode: Literal["resident", "layerwise"] = "resident"  # layerwise: one layer in memory, for a model that does not fit
-        batch_size: int = Field(default=8, ge=1)
-        hidden_states: Size | None = Field(default=None, ge=1)  # layerwise: RAM for the text in flight; the default is 4GiB
-        device: Literal["auto", "cpu", "cuda"] = "auto"
-
-        @field_validator("hidden_states")
-        @classmethod
-        def _has_an_effect(cls, value: int | None, info: ValidationInfo) -> int | None:
-            if value is not None and info.data.get("mode") == "resident":
-                raise ValueError("it has an effect only with mode: layerwise; leave it out or write mode: layerwise")
-            return value
+    class Execution(LayerwiseExecution):
+        pass
 
     params: Params
     execution: Execution
@@ -65,35 +69,65 @@ class Evaluate(Stage):
                 "their distributions cannot be compared"
             )
 
+    def measures(self) -> tuple[str, ...]:
+        return METRICS
+
     def window(self, model: ModelSpec) -> int:
         return min(self.params.max_length, model.architecture.max_position)
 
     def memory(self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None = None) -> Memory:
+        """The models compute one after the other, and then their logits are compared. Resident models keep their blocks for that."""
         models = [("model", model)] + ([("reference", reference)] if reference else [])
-        held, items = self._weights(models)
+        held, items = self._weights(models, eval, self.on_gpu(target))
+        tokens, computing = self.execution.batch_size * self.window(model), [0]
         for name, spec in models:
             shape, item = spec.architecture, ITEM_BYTES[spec.dtype]
-            widest = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.num_heads * shape.head_dim
-            tokens = self.execution.batch_size * self.window(spec)
-            items[f"{name}, activations of one layer"] = tokens * widest * item
+            computing.append(tokens * widest(shape) * item)
             if spec.kv_cache.mode:
-                one_layer = 2 * tokens * shape.num_kv_heads * shape.head_dim
                 layers = shape.num_layers if self.execution.mode == "resident" else 1
                 items[f"{name}, INT8 cache"] = tokens * spec.kv_cache.bytes_per_token * layers // shape.num_layers
-                items[f"{name}, keys and values of one layer, dequantized"] = one_layer * (item + 4)  # by way of fp32
-        items["logits of a chunk of tokens"] = LOGITS_BUFFERS * LOGITS_BYTES
+                computing[-1] += 2 * tokens * shape.num_kv_heads * shape.head_dim * (item + 4)  # one layer's, dequantized by way of fp32
+        activations = {"activations of one layer": max(computing)}
+        buffers = LOGITS_BUFFERS if reference or model.kv_cache.mode else LOGITS_BUFFERS_ALONE
+        logits = {"logits of a chunk of tokens": buffers * min(LOGITS_BYTES, 4 * tokens * model.architecture.vocab_size)}
+        if self.execution.mode == "resident":
+            items |= activations | logits
+        else:
+            layer = {"the largest decoder layer": max(layer_bytes(spec) for _, spec in models)}
+            unpacking = {"a weight being unpacked": max(unpacking_memory(spec) for _, spec in models)}
+            items["freed blocks that the allocator keeps"] = max(freed_activations(spec, tokens) for _, spec in models)
+            items |= peak(layer | activations, layer | unpacking, logits)
         held["the dataset's text and token ids"] = 10 * eval.nbytes
         return Memory(ram=held, vram=items) if self.on_gpu(target) else Memory(ram=held | items)
 
-    def _weights(self, models: Sequence[tuple[str, ModelSpec]]) -> tuple[dict[str, int], dict[str, int]]:
+    def work(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> Work:
+        """Documents are taken to be of one length, where only the first `max_documents` are read."""
+        views = [model] * (2 if model.kv_cache.mode else 1) + ([reference] if reference else [])
+        share = min(1.0, self.params.max_documents / eval.documents) if self.params.max_documents and eval.documents else 1.0
+        tokens, work = share * eval.nbytes / TOKEN_BYTES, tokenizing(eval)
+        for spec in views:
+            work += Work(flops=forward_flops(spec, tokens, self.window(spec)))
+        if self.execution.mode == "resident":
+            return work + reading(model) + (reading(reference) if reference else Work())
+        token_bytes = len(views) * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
+        sweeps = math.ceil(tokens * token_bytes / (self.execution.hidden_states or HIDDEN_STATES))
+        for spec in views:
+            work += reading(spec, sweeps)
+        return work
+
+    def _weights(self, models: Sequence[tuple[str, ModelSpec]], eval: DatasetSpec, on_gpu: bool) -> tuple[dict[str, int], dict[str, int]]:
         """What the models take, apart from their activations: always in RAM, and on the device that computes."""
         if self.execution.mode == "resident":
-            items = {f"{name}, dense": spec.dense().nbytes for name, spec in models}
-            return {}, items | {f"{name}, packed, while loading": spec.nbytes for name, spec in models if not spec.is_dense}
-        items = {"the largest decoder layer": max(layer_bytes(spec) for _, spec in models)}
-        heads = ((name, spec.architecture, ITEM_BYTES[spec.dtype]) for name, spec in models)
-        items |= {f"{name}, output embedding": a.vocab_size * a.hidden_size * item for name, a, item in heads}
-        return {"hidden states of the text in flight": self.execution.hidden_states or HIDDEN_STATES}, items
+            parts = [resident_memory(name, spec, on_gpu) for name, spec in models]
+            return {k: v for ram, _ in parts for k, v in ram.items()}, {k: v for _, device in parts for k, v in device.items()}
+        items: dict[str, int] = {}
+        views = [*models, *(("ordinary cache", spec) for name, spec in models if name == "model" and spec.kv_cache.mode)]
+        states = 0
+        for name, spec in views:  # each has the output embedding until its logits are computed
+            row = spec.architecture.hidden_size * ITEM_BYTES[spec.dtype]
+            items[f"{name}, output embedding"] = spec.architecture.vocab_size * row
+            states += row * math.ceil(eval.nbytes / TOKEN_BYTES)
+        return {"hidden states of the text in flight": min(self.execution.hidden_states or HIDDEN_STATES, states)}, items
 
     def explain(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> list[str]:
         said = []
@@ -119,7 +153,7 @@ class Evaluate(Stage):
         folders = (model.path, reference.path if reference else None, resolve_device(execution.device))
         resident = execution.mode == "resident"
         scorer = ResidentScorer(*folders) if resident else LayerwiseScorer(*folders, execution.hidden_states or HIDDEN_STATES)
-        tally = Tally(documents, with_reference=reference is not None, with_cache=scorer.cache is not None)
+        tally = Tally(documents, self.window(spec), with_reference=reference is not None, with_cache=scorer.cache is not None)
         for scores in scorer.scores(work, partial(ctx.progress, "scoring" if resident else "scoring, layer by layer")):
             tally.add(scores)
         metrics = tally.metrics() | {
@@ -128,10 +162,5 @@ class Evaluate(Stage):
             "kv_bytes_per_token": float(spec.kv_cache.bytes_per_token),
         }
         metrics |= {} if scorer.cache is None else {"kv_cache_nbytes": cache_bytes(scorer.held, spec.kv_cache)}
-        write_report(ctx.output, metrics, tally.rows())
+        write_report(ctx.output, metrics, tally)
         return EvalReport(path=ctx.output, metrics=metrics)
-
-
-def layer_bytes(spec: ModelSpec) -> int:
-    """Of one decoder layer's Linear weights, dense."""
-    return ITEM_BYTES[spec.dtype] * sum(group.shape[0] * group.shape[1] for group in spec.dense().linear_groups if group.layers)

@@ -1,14 +1,19 @@
 """GPTQ: round weights so that the layer's output, not each weight, changes least."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
 from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
+from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
-from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, batch_memory, calibration_memory, probe_memory
+from stages.runtime.peak_memory import largest_layer
+from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, batch_memory, calibration_memory
+from stages.runtime.stage_work import calibrating
+from stages.runtime.training_settings import check_windows
 
 
 class GPTQ(Stage):
@@ -23,6 +28,7 @@ class GPTQ(Stage):
 
     name, version = "gptq", 1
     libraries = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+    lightens = {"execution.batch_size": HALVES, "execution.offload": ("disk",), "num_samples": HALVES}
 
     class Params(CalibratedQuantization):
         actorder: Literal["static"] | None = "static"
@@ -36,25 +42,43 @@ class GPTQ(Stage):
     execution: Execution
 
     def infer(self, model: ModelSpec, calibration: DatasetSpec) -> ModelSpec:
-        return self.params.apply(model)
+        quantized = self.params.apply(model)
+        check_windows(self.params.num_samples, self.params.max_length, calibration, model)
+        return quantized
 
     def memory(self, model: ModelSpec, calibration: DatasetSpec, target: Target) -> Memory:
-        """While the widest decoder layer is quantized: all Hessians of a layer are gathered in the same forward passes."""
+        """While the widest decoder layer is quantized: all Hessians of a layer are gathered in the same forward passes.
+
+        Each batch's product is added to a Hessian. Later a weight is quantized in float32: its Hessian is normalised and its rows and
+        columns reordered, in new copies; then the weight is corrected, block by block, and put in order again. On a GPU the library
+        does so with as many weights of one shape as fit into three quarters of the memory that is free; one is what it needs.
+        """
         quantized = self.params.apply(model)
         linears = [group for group in quantized.groups if not group.format.is_dense and group.layers]
-        hessians = sum(4 * group.shape[1] ** 2 for group in linears)
-        working = max((4 * max(g.shape[1] ** 2 + 3 * g.shape[0] * g.shape[1], 3 * g.shape[1] ** 2) for g in linears), default=0)
+        shapes = [group.shape for group in linears]
         layer = {
-            "Hessians of one layer": hessians,
-            "working copies of one weight and its Hessian": working,
+            "Hessians of one layer": largest_layer(linears, lambda group: 4 * group.shape[1] ** 2),
+            "working copies of one weight and its Hessian": max(4 * max(c * c, 2 * c * c + r * c, 3 * r * c) for r, c in shapes),
             "activations of one batch": batch_memory(self.params, model, self.execution.batch_size),
         }
         changed = {name for group in linears for name in group.module_names}
-        held = calibration_memory(self.params, self.execution, model, quantized, changed)
-        if self.on_gpu(target):
-            vram = {"one layer": sum(4 * g.shape[0] * g.shape[1] for g in linears), **layer}
-            return held.model_copy(update={"ram": held.ram | probe_memory(model), "vram": vram})
-        return held.model_copy(update={"ram": held.ram | layer})
+        on_gpu = self.on_gpu(target)
+        held = calibration_memory(self.params, self.execution, model, quantized, changed, {} if on_gpu else layer)
+        if not on_gpu:
+            return held
+        return held.model_copy(update={"vram": {"one layer": largest_layer(linears, lambda group: 4 * math.prod(group.shape)), **layer}})
+
+    def work(self, model: ModelSpec, calibration: DatasetSpec) -> Work:
+        """In float32, of every weight of c columns: its Hessian; two Cholesky factorizations and an inverse of that; the columns to
+        come corrected after each block. Within a block each column corrects the rest of it, which is read and written."""
+        quantized, p = self.params.apply(model), self.params
+        linears = [group for group in quantized.groups if not group.format.is_dense]
+        shapes = [(group.count, *group.shape) for group in linears]
+        flops = sum(n * (2 * p.tokens * c**2 + 4 / 3 * c**3 + rows * c**2) for n, rows, c in shapes)
+        nbytes = sum(n * rows * c * 16 * min(p.block_size, c) / 2 for n, rows, c in shapes)
+        changed = {name for group in linears for name in group.module_names}
+        calibration_work = calibrating(p, self.execution, model, quantized, changed, calibration)
+        return calibration_work + Work(float32_flops=flops, nbytes=nbytes)
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
         return self.params.explain()

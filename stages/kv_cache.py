@@ -8,10 +8,12 @@ from pipeline.artifact import Checkpoint, Dataset, DatasetSpec
 from pipeline.companions import CACHE_FILE, SCALES_FILE
 from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.layout import CacheMode
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
+from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.linked_folder import link_checkpoint
+from stages.runtime.stage_work import forward_flops, proving, reading, tokenizing
 from stages.runtime.sweep_memory import HIDDEN_STATES, sweep_memory
 
 C = TypeVar("C", bound=Checkpoint)
@@ -37,6 +39,7 @@ class KVCache(Stage):
     name, version = "kv_cache", 1
     keeps_weights = True
     libraries = ("torch", "transformers", "compressed-tensors")
+    lightens = {"num_samples": HALVES}
 
     class Params(Stage.Params):
         mode: CacheMode = "per_token_head"
@@ -91,6 +94,14 @@ class KVCache(Stage):
         if self.on_gpu(target):
             return Memory(ram={HIDDEN_STATES: sweep.pop(HIDDEN_STATES)}, vram=sweep, disk=disk)
         return Memory(ram=sweep, disk=disk)
+
+    def work(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> Work:
+        """Linked files are proven and digested as any others."""
+        if calibration is None:
+            return proving(model)
+        samples, length = self._calibration
+        sweep = Work(flops=forward_flops(model, samples * length, length, head=False))
+        return sweep + reading(model) + tokenizing(calibration) + proving(model)
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> list[str]:
         before, after = model.kv_cache, model.with_cache(self.params.mode).kv_cache

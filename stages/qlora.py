@@ -11,10 +11,13 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.artifact import Adapter, AdapterSpec, Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
+from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
-from stages.runtime.lora_settings import LoRATraining, adapter_spec, nf4_bytes
+from stages.runtime.lora_settings import LoRATraining, adapter_spec, loading_memory, nf4_bytes
+from stages.runtime.peak_memory import peak
+from stages.runtime.stage_work import digesting, merging, publishing, reading, tokenizing, training
 from stages.runtime.training_settings import TrainingExecution, activation_memory
 
 
@@ -47,6 +50,7 @@ class QLoRA(Stage):
     resumes = True
     reads_conversations = True
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
+    lightens = {"execution.gradient_checkpointing": (True,), "execution.micro_batch_size": HALVES, "max_length": HALVES}
 
     class Params(LoRATraining):
         learning_rate: float = Field(default=2e-4, gt=0)
@@ -82,7 +86,13 @@ class QLoRA(Stage):
         disk |= {"merged checkpoint": model.nbytes} if self.params.merge else {}
         if on_gpu:
             return Memory(vram=held, ram=data, disk=disk)
-        return Memory(ram=held | data, disk=disk)
+        return Memory(ram=peak(held, loading_memory(model, self.params.double_quant, self.params.item)) | data, disk=disk)
+
+    def work(self, model: ModelSpec, train: DatasetSpec) -> Work:
+        adapter = adapter_spec(model, self.params.rank).nbytes
+        trained = training(self.params, self.execution, model, self.params) + tokenizing(train) + reading(model)
+        trained += Work(disk=adapter) + digesting(adapter)
+        return trained + (merging(model) + publishing(model) if self.params.merge else Work())
 
     def explain(self, model: ModelSpec, train: DatasetSpec) -> list[str]:
         p, adapter = self.params, adapter_spec(model, self.params.rank)

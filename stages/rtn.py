@@ -1,10 +1,12 @@
 """Round-to-nearest: the baseline that every calibrated quantizer has to beat."""
 
 from pipeline.artifact import DenseCheckpoint, QuantizedCheckpoint
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.scheme import WeightQuantization, packing_memory
+from stages.runtime.stage_work import packing, publishing, reading
 
 
 class RTN(Stage):
@@ -27,6 +29,10 @@ class RTN(Stage):
     def memory(self, model: ModelSpec, target: Target) -> Memory:
         quantized = self.params.apply(model)
         return packing_memory(model, quantized, writes=quantized)
+
+    def work(self, model: ModelSpec) -> Work:
+        quantized = self.params.apply(model)
+        return reading(model) + packing(quantized) + publishing(quantized)
 
     def explain(self, model: ModelSpec) -> list[str]:
         return self.params.explain()

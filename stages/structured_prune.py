@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.errors import InputProblems
 from pipeline.headers import ITEM_BYTES
+from pipeline.roofline import Work
 from pipeline.spec import Architecture, ModelSpec
-from pipeline.stage import Context, Stage
+from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
+from stages.runtime.peak_memory import peak
 from stages.runtime.prune_sizes import default_round_to, group_axis, layer_axis, neuron_axis, query_axis
-from stages.runtime.sweep_memory import sweep_memory
+from stages.runtime.stage_work import CUT, forward_flops, publishing, reading, tokenizing
+from stages.runtime.sweep_memory import HIDDEN_STATES, sweep_memory
 
 if TYPE_CHECKING:
     from stages.runtime.activations import ActivationStatistics
@@ -28,6 +32,7 @@ class StructuredPrune(Stage):
 
     name, version = "structured_prune", 1
     libraries = ("torch", "transformers")
+    lightens = {"num_samples": HALVES}
 
     class Params(Stage.Params):
         """Ratios are fractions removed; sizes are what is kept. An axis is pruned by one of them or left alone."""
@@ -62,10 +67,17 @@ class StructuredPrune(Stage):
         def calibrates(self) -> bool:
             return self.importance == "activation" or self.prunes_layers
 
+    class Execution(Stage.Execution):
+        device: Literal["auto", "cpu", "cuda"] = "auto"  # of the calibration
+
     params: Params
+    execution: Execution
 
     def unused(self) -> frozenset[str]:
         return frozenset() if self.params.calibrates else frozenset({"calibration"})
+
+    def on_gpu(self, target: Target) -> bool:
+        return self.params.calibrates and super().on_gpu(target)
 
     def infer(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> ModelSpec:
         if self.params.calibrates and calibration is None:
@@ -76,8 +88,10 @@ class StructuredPrune(Stage):
 
     def _pruned(self, model: ModelSpec) -> ModelSpec:
         problems = contradictions(self.params)
+        if self.execution.device != "auto" and not self.params.calibrates:
+            problems.append("execution.device: only a calibration computes on it; leave it out, or write importance: activation")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputProblems(problems)
         return model.resized(pruned_architecture(self.params, model.architecture))
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> list[str]:
@@ -103,13 +117,23 @@ class StructuredPrune(Stage):
 
     def memory(self, model: ModelSpec, target: Target, calibration: DatasetSpec | None = None) -> Memory:
         """Beyond the interpreter and its libraries. The calibration sweep and the cut follow each other: the larger counts."""
-        output = self._pruned(model)
-        phases = [cutting_memory(self.params, model.architecture, output.architecture)]
-        if self.params.calibrates:
-            a, p = model.architecture, self.params
-            statistics = {"statistics": 8 * a.num_layers * (a.intermediate_size + a.num_heads)}
-            phases.append(sweep_memory(model, p.num_samples, p.max_length) | statistics)
-        return Memory(ram=max(phases, key=lambda phase: sum(phase.values())), disk={"checkpoint": output.nbytes})
+        output, a, p = self._pruned(model), model.architecture, self.params
+        cut, disk = cutting_memory(p, a, output.architecture), {"checkpoint": output.nbytes}
+        if not p.calibrates:
+            return Memory(ram=cut, disk=disk)
+        sweep = sweep_memory(model, p.num_samples, p.max_length)
+        kept = {HIDDEN_STATES: sweep.pop(HIDDEN_STATES), "statistics": 8 * a.num_layers * (a.intermediate_size + a.num_heads)}
+        on_gpu = self.on_gpu(target)
+        return Memory(ram=peak(cut, kept if on_gpu else sweep | kept), vram=sweep if on_gpu else {}, disk=disk)
+
+    def work(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> Work:
+        """All of it on the CPU but the calibration's sweep."""
+        cut = reading(model) + Work(cpu=model.num_parameters / CUT) + publishing(self._pruned(model))
+        if calibration is None:
+            return cut
+        p = self.params
+        sweep = Work(flops=forward_flops(model, p.num_samples * p.max_length, p.max_length, head=False))
+        return cut + sweep + reading(model) + tokenizing(calibration)
 
     def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset | None = None) -> DenseCheckpoint:
         from stages.functional.importance import highest
@@ -138,11 +162,13 @@ class StructuredPrune(Stage):
     def _measure(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset | None) -> "ActivationStatistics":
         """Apart from `run`, because these imports bring transformers, which pruning by magnitude does without."""
         from stages.runtime.activations import measure_activations
+        from stages.runtime.loading import resolve_device
         from stages.runtime.text import calibration_windows, load_tokenizer
 
         assert calibration is not None, "infer has refused it"
         windows = calibration_windows(calibration, load_tokenizer(model.path), self.params.num_samples, self.params.max_length)
-        return measure_activations(model.path, windows, lambda done, total: ctx.progress("measuring", done, total))
+        device = resolve_device(self.execution.device)
+        return measure_activations(model.path, windows, lambda done, total: ctx.progress("measuring", done, total), device)
 
 
 def contradictions(p: StructuredPrune.Params) -> list[str]:
@@ -195,7 +221,7 @@ def pruned_architecture(p: StructuredPrune.Params, a: Architecture) -> Architect
     if p.prunes_heads and p.heads == "groups":
         sizes["num_heads"] = sizes["num_kv_heads"] * (a.num_heads // a.num_kv_heads)
     if problems:
-        raise ValueError("; ".join(problems))
+        raise InputProblems(problems)
     new = a.model_copy(update=sizes)
     if new.model_type != "llama" or new.hidden_size % new.num_heads == 0:
         return new
@@ -221,10 +247,10 @@ def cutting_memory(p: StructuredPrune.Params, old: Architecture, new: Architectu
     item, width = ITEM_BYTES[old.dtype], old.num_heads * old.head_dim
     attention = 2 * old.hidden_size * (width + old.num_kv_heads * old.head_dim) if p.prunes_heads else 0
     mlp = 3 * old.hidden_size * old.intermediate_size if p.prunes_mlp else 0
-    cut = max(new.num_heads * new.head_dim if attention else 0, new.intermediate_size if mlp else 0)
+    cut = max(new.num_heads * new.head_dim if attention else 0, new.intermediate_size if mlp else 0)  # gathered in one buffer
     return {
         "the matrices of one layer": (attention + mlp) * item,
-        "two cut matrices, one being written": 2 * cut * old.hidden_size * item,
+        "one cut matrix": cut * old.hidden_size * item,
         "rows being scored": 2 * 4 * max(1 << 17, width, old.intermediate_size),
         "copy buffer": 4 << 20,
     }

@@ -3,21 +3,25 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, LogitsSpec, TeacherLogits, tokenizer_digest
 from pipeline.headers import ITEM_BYTES
+from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
-from pipeline.stage import Context, Stage
-from pipeline.target import Memory, Size, Target, format_size
+from pipeline.stage import HALVES, Context, Stage
+from pipeline.target import Memory, Target, format_size
+from stages.runtime.layerwise_settings import LayerwiseExecution
 from stages.runtime.logits_layout import LogitsFile
+from stages.runtime.peak_memory import freed_activations, layer_bytes, peak, resident_memory, widest
+from stages.runtime.scheme import unpacking_memory
+from stages.runtime.stage_work import digesting, forward_flops, reading, tokenizing
 from stages.runtime.training_settings import check_windows
 from stages.runtime.windows import HIDDEN_STATES, LOGITS_BYTES, MICRO_BATCH_TOKENS, VOCABULARY_ROWS
 
 LIST_BYTES = 12  # of a kept word while it is in memory: int64 id and float32 logit
-CHUNK_BUFFERS = 4  # of one chunk's logits: in the model's dtype (half), float32, divided by the temperature, exponentials
+CHUNK_BUFFERS = 3  # of one chunk's logits: in float32, divided by the temperature, exponentials
 
 
 class RecordTeacher(Stage):
@@ -33,6 +37,7 @@ class RecordTeacher(Stage):
 
     name, version, resumes = "teacher_logits", 1, True
     libraries = ("torch", "transformers", "compressed-tensors")
+    lightens = {"execution.batch_size": HALVES, "execution.mode": ("layerwise",), "execution.hidden_states": (1 << 30,)}
 
     class Params(Stage.Params):
         k: int = Field(default=32, ge=1)  # words kept at each token
@@ -40,18 +45,8 @@ class RecordTeacher(Stage):
         num_samples: int = Field(default=1024, ge=1)  # windows of text, evenly spaced over it ...
         max_length: int = Field(default=512, ge=2)  # ... and their tokens: both as in the stage that trains
 
-    class Execution(Stage.Execution):
-        mode: Literal["resident", "layerwise"] = "resident"  # layerwise: one layer in memory, for a teacher that does not fit
-        batch_size: int = Field(default=8, ge=1)  # windows in one forward
-        hidden_states: Size | None = Field(default=None, ge=1)  # layerwise: RAM for the windows in flight; the default is 4GiB
-        device: Literal["auto", "cpu", "cuda"] = "auto"
-
-        @field_validator("hidden_states")
-        @classmethod
-        def _has_an_effect(cls, value: int | None, info: ValidationInfo) -> int | None:
-            if value is not None and info.data.get("mode") == "resident":
-                raise ValueError("it has an effect only with mode: layerwise; leave it out or write mode: layerwise")
-            return value
+    class Execution(LayerwiseExecution):
+        pass
 
     params: Params
     execution: Execution
@@ -72,19 +67,20 @@ class RecordTeacher(Stage):
         ram = {
             "the text and its token ids": 10 * train.nbytes,
             "logits of the windows scored at once": 2 * at_once * length * token_bytes,
-            "one file as it is written": 2 * layout.windows_per_file * layout.window_bytes,
+            "one file as it is written": 2 * min(layout.windows_per_file, self.params.num_samples) * layout.window_bytes,
         }
-        widest = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.num_heads * shape.head_dim
-        model = {"activations of one layer": self.execution.batch_size * length * widest * item}
+        tokens = min(self.execution.batch_size, self.params.num_samples) * length
+        model = {"activations of one layer": tokens * widest(shape) * item}
         if self.execution.mode == "resident":
-            model |= {"teacher, dense": teacher.dense().nbytes, "logits of a chunk of tokens": CHUNK_BUFFERS * LOGITS_BYTES}
-            if not teacher.is_dense:
-                model["teacher, packed, while loading"] = teacher.nbytes
+            loading, weights = resident_memory("teacher", teacher, self.on_gpu(target))
+            ram, model = ram | loading, model | weights
+            model["logits of a chunk of tokens"] = CHUNK_BUFFERS * min(LOGITS_BYTES, 4 * tokens * shape.vocab_size)
         else:
-            layer = sum(group.shape[0] * group.shape[1] for group in teacher.linear_groups if group.layers)
             ram["hidden states"] = min(self._at_once(teacher), self.params.num_samples) * length * shape.hidden_size * item
-            model |= {
-                "one decoder layer": layer * item,
+            model = {
+                "freed blocks that the allocator keeps": freed_activations(teacher, tokens),
+                "one decoder layer": layer_bytes(teacher),
+                **peak(model, {"a weight being unpacked": unpacking_memory(teacher)}),
                 "a slice of the output embedding": min(VOCABULARY_ROWS, shape.vocab_size) * shape.hidden_size * item,
                 "logits of a slice": CHUNK_BUFFERS * 4 * MICRO_BATCH_TOKENS * min(VOCABULARY_ROWS, shape.vocab_size),
             }
@@ -92,6 +88,13 @@ class RecordTeacher(Stage):
         if self.on_gpu(target):
             return Memory(ram=ram, vram=model, disk=disk)
         return Memory(ram=ram | model, disk=disk)
+
+    def work(self, teacher: ModelSpec, train: DatasetSpec) -> Work:
+        """The logits are written, read to tell what they hold of the probability, and digested."""
+        p, logits = self.params, self._layout(teacher).spec.nbytes
+        scoring = Work(flops=forward_flops(teacher, p.num_samples * p.max_length, p.max_length), disk=2 * logits)
+        sweeps = 1 if self.execution.mode == "resident" else self._sweeps(teacher)
+        return scoring + reading(teacher, sweeps) + tokenizing(train) + digesting(logits)
 
     def explain(self, teacher: ModelSpec, train: DatasetSpec) -> list[str]:
         params, layout = self.params, self._layout(teacher)

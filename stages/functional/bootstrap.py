@@ -49,13 +49,19 @@ def paired_bootstrap(
     if not a_nll.shape == b_nll.shape == tokens.shape or a_nll.ndim != 1 or len(a_nll) < 2:
         raise ValueError("a paired bootstrap needs the same two or more documents of both models")
     difference, weight = a_nll.double() - b_nll.double(), tokens.double()
-    generator = torch.Generator().manual_seed(seed)
-    documents = len(difference)
-    block = max(1, DRAWS_AT_ONCE // documents)
-    means = []
-    for first in range(0, resamples, block):
-        drawn = torch.randint(documents, (min(block, resamples - first), documents), generator=generator)
-        means.append(difference[drawn].sum(1) / weight[drawn].sum(1))
+    sums = resampled_sums(torch.stack([difference, weight], dim=1), resamples, seed)
     tail = (1 - confidence) / 2
-    ends = torch.quantile(torch.cat(means), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    ends = torch.quantile(sums[:, 0] / sums[:, 1], torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return Interval(low=ends[0].item(), high=ends[1].item(), estimate=(difference.sum() / weight.sum()).item())
+
+
+def resampled_sums(columns: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
+    """[resamples, k] sums of columns [n, k] over as many rows as there are, drawn with replacement: the same rows for every column."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(columns)
+    block = max(1, DRAWS_AT_ONCE // rows)
+    sums = []
+    for first in range(0, resamples, block):
+        drawn = torch.randint(rows, (min(block, resamples - first), rows), generator=generator)
+        sums.append(torch.stack([column[drawn].sum(1) for column in columns.T], dim=1))
+    return torch.cat(sums)

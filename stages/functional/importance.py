@@ -66,21 +66,21 @@ def _head_norms(norms: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def neuron_activation(activations: torch.Tensor) -> torch.Tensor:
-    """[I] sum over tokens of |activation|, in fp64, from the [..., I] input of an MLP's down projection."""
-    return activations.flatten(0, -2).abs().sum(0, dtype=torch.float32).double()
+    """[I] sum over tokens of |activation|, in fp64 on the CPU, from the [..., I] input of an MLP's down projection."""
+    return activations.flatten(0, -2).abs().sum(0, dtype=torch.float32).cpu().double()
 
 
 def head_activation(activations: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[heads] sum over tokens of the L2 norm of a head's output, in fp64, from the [..., heads * D] input of o_proj."""
+    """[heads] sum over tokens of the L2 norm of a head's output, in fp64 on the CPU, from the [..., heads * D] input of o_proj."""
     tokens = activations.flatten(0, -2)
     heads = tokens.view(len(tokens), -1, head_dim)
     norms: torch.Tensor = torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32)
-    return norms.sum(0).double()
+    return norms.sum(0).cpu().double()
 
 
 def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
     """Sum over tokens of 1 - cosine of the hidden states [..., H] around a layer: 0 where it changes no direction."""
-    return float((1 - functional.cosine_similarity(before.float(), after.float(), dim=-1)).double().sum())
+    return float((1 - functional.cosine_similarity(before.float(), after.float(), dim=-1)).cpu().double().sum())
 
 
 def highest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -14,8 +14,17 @@ def token_kl_divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.
 
     Both are logits [tokens, vocabulary] -> [tokens] float32. Exactly 0 where they are equal.
     """
-    log_p, log_q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl_of(reference.float().log_softmax(-1), logits.float().log_softmax(-1))
+
+
+def nll_of(log_q: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`token_nll`, of log-probabilities: [tokens, vocabulary], targets [tokens] int64 -> [tokens]."""
+    return functional.nll_loss(log_q, targets, reduction="none")
+
+
+def kl_of(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`token_kl_divergence`, of log-probabilities: [tokens, vocabulary] each -> [tokens]."""
+    return log_p.exp().mul_(log_p - log_q).sum(-1)
 
 
 def top1_matches(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,14 @@ class ActivationStatistics:
     influence: torch.Tensor  # [layers]: 1 - cosine of the layer's input and output
 
 
-def measure_activations(folder: Path, windows: torch.Tensor, progress: Callable[[int, int], None]) -> ActivationStatistics:
+def measure_activations(
+    folder: Path, windows: torch.Tensor, progress: Callable[[int, int], None], device: torch.device | str = "cpu"
+) -> ActivationStatistics:
     """Run the checkpoint over `windows` [N, T] of token ids. `progress` takes layers done and layers in all.
 
     ValueError where a layer's activations are not finite: such scores would rank nothing.
     """
-    model = LayerwiseModel(folder)
+    model = LayerwiseModel(folder, device=device)
     a = model.spec.architecture
     neurons = torch.zeros(a.num_layers, a.intermediate_size, dtype=torch.float64)
     heads = torch.zeros(a.num_layers, a.num_heads, dtype=torch.float64)

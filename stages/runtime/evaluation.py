@@ -13,8 +13,11 @@ from pipeline.artifact import Dataset
 from pipeline.layout import KVCacheSpec
 from stages.runtime.scoring import CacheBytes, TokenScores
 from stages.runtime.text import encode_documents, load_tokenizer
+from stages.runtime.windows import position_buckets
 
-CACHE_COLUMNS = ("plain_cache_nll", "plain_cache_kl")  # of report.json's documents, where the model has an INT8 cache
+REFERENCE_COLUMNS = ("reference_nll", "kl", "top1_matches")  # of report.json; null without a reference
+CACHE_COLUMNS = ("plain_cache_nll", "plain_cache_kl")  # of report.json, where the model has an INT8 cache
+COUNTS = ("tokens", "top1_matches")
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,26 @@ def encode(dataset: Dataset, tokenizer_folder: Path, vocab_size: int, limit: int
 
 
 class Tally:
-    """Sums over each document's scored tokens, in float64, and every token's KL divergence for its percentile."""
+    """Sums over scored tokens by document and by position in the window, in float64, and every token's KL divergence for its percentile."""
 
-    def __init__(self, documents: Sequence[Document], with_reference: bool, with_cache: bool = False) -> None:
-        self.documents = documents
-        columns = ["tokens", "nll"]
-        columns += ["reference_nll", "kl", "top1_matches"] if with_reference else []
-        columns += CACHE_COLUMNS if with_cache else []
+    def __init__(self, documents: Sequence[Document], window: int, with_reference: bool, with_cache: bool = False) -> None:
+        """`window`: the most tokens that a window may have."""
+        self.documents, self.buckets = documents, position_buckets(window)
+        self._ends = torch.tensor([end for _, end in self.buckets])
+        columns = ["tokens", "nll", *(REFERENCE_COLUMNS if with_reference else ()), *(CACHE_COLUMNS if with_cache else ())]
         self.sums = {column: torch.zeros(len(documents), dtype=torch.float64) for column in columns}
+        self.by_position = {column: torch.zeros(len(self.buckets), dtype=torch.float64) for column in columns}
         self.kl_by_token: list[torch.Tensor] = []
 
     def add(self, scores: TokenScores) -> None:
         """ValueError names the document whose loss is nan or infinite."""
-        found = {"nll": scores.nll}
+        found = {"tokens": torch.ones_like(scores.nll), "nll": scores.nll}
         if other := scores.reference:
             found |= {"reference_nll": other.nll, "kl": other.kl, "top1_matches": other.top1}
             self.kl_by_token.append(other.kl)
         if plain := scores.plain_cache:
             found |= {"plain_cache_nll": plain.nll, "plain_cache_kl": plain.kl}
-        self.sums["tokens"] += torch.bincount(scores.document, minlength=len(self.documents))
+        bucket = torch.bucketize(scores.position, self._ends, right=True)
         for column, values in found.items():
             broken = scores.document[~values.double().isfinite()]
             if len(broken):
@@ -66,6 +70,7 @@ class Tally:
                     f"document {self.documents[int(broken[0])].name}: {column} is nan or infinite; the model's weights are damaged"
                 )
             self.sums[column].index_add_(0, scores.document, values.double())
+            self.by_position[column].index_add_(0, bucket, values.double())
 
     def metrics(self) -> dict[str, float]:
         total = {column: values.sum().item() for column, values in self.sums.items()}
@@ -96,20 +101,20 @@ class Tally:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each document in file order, as in report.json."""
-        sums = {column: values.tolist() for column, values in self.sums.items()}
-        return [
-            {
-                "id": document.name,
-                "tokens": int(sums["tokens"][n]),
-                "bytes": document.nbytes,
-                "nll": sums["nll"][n],
-                "reference_nll": sums["reference_nll"][n] if "reference_nll" in sums else None,
-                "kl": sums["kl"][n] if "kl" in sums else None,
-                "top1_matches": int(sums["top1_matches"][n]) if "top1_matches" in sums else None,
-                **{column: sums[column][n] for column in CACHE_COLUMNS if column in sums},
-            }
-            for n, document in enumerate(self.documents)
-        ]
+        sums = _rows(self.sums)
+        return [{"id": document.name, "bytes": document.nbytes, **row} for document, row in zip(self.documents, sums, strict=True)]
+
+    def positions(self) -> list[dict[str, Any]]:
+        """One row for each bucket of positions in which a token was scored, as in report.json."""
+        rows = zip(self.buckets, _rows(self.by_position), strict=True)
+        return [{"from": first, "to": end, **row} for (first, end), row in rows if row["tokens"]]
+
+
+def _rows(sums: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Sums by column as one row for each group."""
+    columns = {column: [int(value) if column in COUNTS else value for value in values.tolist()] for column, values in sums.items()}
+    absent = dict.fromkeys(column for column in REFERENCE_COLUMNS if column not in sums)
+    return [dict(zip(columns, row, strict=True)) | absent for row in zip(*columns.values(), strict=True)]
 
 
 def cache_bytes(held: CacheBytes, layout: KVCacheSpec) -> float:
@@ -125,7 +130,7 @@ def cache_bytes(held: CacheBytes, layout: KVCacheSpec) -> float:
     return held.per_sequence
 
 
-def write_report(folder: Path, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
+def write_report(folder: Path, metrics: Mapping[str, float], tally: Tally) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    report = {"metrics": dict(metrics), "documents": list(rows)}
+    report = {"metrics": dict(metrics), "documents": tally.rows(), "positions": tally.positions()}
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")

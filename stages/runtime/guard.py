@@ -83,8 +83,8 @@ def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:
 def layerwise_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """`token_losses` of the checkpoint `folder` without loading it whole, from products of the same shapes and so rounded alike."""
     model, targets = LayerwiseModel(folder), ids[:, 1:].flatten()
-    (hidden,) = model.sweep([ids[:, :-1]])
-    chunks = torch.split(hidden.flatten(0, 1), chunk_tokens(model.spec.architecture.vocab_size))
+    (hidden,) = model.sweep([ids])
+    chunks = torch.split(hidden[:, :-1].flatten(0, 1), chunk_tokens(model.spec.architecture.vocab_size))
     log_sum, chosen = torch.full(targets.shape, -torch.inf), torch.zeros(targets.shape)
     for first, slices in model.logit_slices(chunks):
         logits = torch.cat(list(slices))

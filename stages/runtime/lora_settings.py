@@ -58,6 +58,19 @@ def nf4_bytes(model: ModelSpec, double_quant: bool, item: int = 2) -> int:
     return total
 
 
+def loading_memory(model: ModelSpec, double_quant: bool, item: int = 2) -> dict[str, int]:
+    """While the base is loaded on a CPU: transformers maps the checkpoint's files, and their pages stay until every weight is read.
+
+    The system takes such pages back where memory is short; until then they are the process's. (Beside a GPU they are not counted.)
+    """
+    largest = max(math.prod(group.shape) for group in target_groups(model))
+    return {
+        "the base in NF4, as it grows": nf4_bytes(model, double_quant, item),
+        "the files that it is read from": model.nbytes,
+        "one weight in float32": 4 * largest,
+    }
+
+
 def quantized_bytes(weights: int, double_quant: bool) -> int:
     """Of one layer: about 0.5 + 1/64 + 4/(64 * 256) bytes a weight, 0.5 + 4/64 without double quantization."""
     blocks = math.ceil(weights / NF4_BLOCK)

@@ -13,10 +13,11 @@ from pydantic import Field, field_validator
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES
-from pipeline.layout import WeightFormat
+from pipeline.layout import ModuleGroup, WeightFormat
 from pipeline.spec import ModelSpec, ignored
 from pipeline.stage import Stage
 from pipeline.target import Memory
+from stages.runtime.peak_memory import inner_width, kept_by_malloc, layer_bytes, peak, resident_memory, widest
 
 SERVED_BITS = (4, 8)  # what vLLM's weight-only kernels (Marlin, Machete) take
 ROUNDING_BYTES = 8  # working memory for each weight that a forward rounds, measured
@@ -55,16 +56,18 @@ class WeightQuantization(Stage.Params):
     def apply(self, model: ModelSpec) -> ModelSpec:
         """The quantized model's spec.
 
-        ValueError: an `ignore` entry matches no Linear layer, nothing is left to quantize, or the group size does not divide.
+        ValueError: an `ignore` entry matches no Linear layer, nothing is left to quantize, or the group size does not divide. An entry
+        may match a router, as llm-compressor's recipes for mixtures of experts do: there it is a Linear layer like any other.
         """
-        layers = [name for group in model.linear_groups for name in group.module_names]
-        known = {*layers, "lm_head"}
+        named = [group for group in model.groups if group.kind in ("linear", "router")]
         for entry in self.ignore:
-            if not any(ignored(name, (entry,)) for name in known):
-                raise ValueError(f"ignore: '{entry}' matches no Linear layer{did_you_mean(entry, known) if entry[:3] != 're:' else ''}")
-        if all(ignored(name, self.ignore) for name in layers):
+            if not ignored("lm_head", (entry,)) and not matches(entry, named):
+                layers = {"lm_head", *(name for group in model.linear_groups for name in group.module_names)}
+                raise ValueError(f"ignore: '{entry}' matches no Linear layer{did_you_mean(entry, layers) if entry[:3] != 're:' else ''}")
+        packed = model.with_format(self.format, self.ignore)
+        if packed.is_dense:
             raise ValueError("ignore leaves no Linear layer to quantize; remove entries from it")
-        return model.with_format(self.format, self.ignore)
+        return packed
 
     def explain(self) -> list[str]:
         if self.num_bits in SERVED_BITS:
@@ -90,6 +93,12 @@ class CalibratedQuantization(WeightQuantization):
         return self.num_samples * self.max_length
 
 
+def matches(entry: str, groups: Collection[ModuleGroup]) -> bool:
+    """Whether that entry of `ignore` names one of their modules."""
+    pattern = entry.startswith("re:")
+    return any(ignored(name, (entry,)) for group in groups if pattern or group.may_hold(entry) for name in group.module_names)
+
+
 class CalibrationExecution(Stage.Execution):
     """Neither setting changes the result.
 
@@ -103,29 +112,32 @@ class CalibrationExecution(Stage.Execution):
 
 
 def calibration_memory(
-    params: CalibratedQuantization, execution: CalibrationExecution, dense: ModelSpec, packed: ModelSpec, changed: Collection[str]
+    params: CalibratedQuantization,
+    execution: CalibrationExecution,
+    dense: ModelSpec,
+    packed: ModelSpec,
+    changed: Collection[str],
+    working: dict[str, int],
 ) -> Memory:
-    """What stays in RAM and on disk while one decoder layer after another is calibrated, and while the result is written.
-
-    `changed` are the Linear layers that the calibration changes.
+    """RAM and disk. RAM in the phase that takes most: decoder layers are calibrated, each of which takes `working` beside what is held
+    throughout; or the result is proven and packed; or it is loaded again. `changed` are the Linear layers that the calibration changes.
     """
-    shape, item = dense.architecture, ITEM_BYTES[dense.dtype]
+    shape, item, on_disk = dense.architecture, ITEM_BYTES[dense.dtype], execution.offload == "disk"
     embedding = shape.vocab_size * shape.hidden_size * item
-    ram = {
+    if on_disk:
+        held = {"one layer, or the embedding": max(layer_bytes(dense), embedding)}
+    else:
+        held = {"model": dense.nbytes} | ({"untied copy of the embedding": embedding} if shape.tied else {})
+    states = {
         "calibration hidden states": 2 * params.tokens * shape.hidden_size * item,
         "attention masks": params.tokens * params.max_length * item,
     }
     packing = packing_memory(dense, packed, writes=packed)
-    if execution.offload == "disk":
-        held = {"one layer, or the embedding": max(layer_bytes(dense), embedding)}
-        return Memory(ram=held | ram | packing.ram, disk=packing.disk | {"changed weights": offloaded_bytes(packed, changed)})
-    held = {"model": dense.nbytes} | ({"untied copy of the embedding": embedding} if shape.tied else {})
-    return Memory(ram=held | ram | packing.ram, disk=packing.disk)
-
-
-def layer_bytes(dense: ModelSpec) -> int:
-    """Of the Linear layers of one decoder layer."""
-    return sum(math.prod(group.shape) * ITEM_BYTES[dense.dtype] for group in dense.dense().linear_groups if group.layers)
+    reloading: dict[str, int] = {}  # with offload to disk it is done layer by layer
+    if not on_disk:
+        reloading = {"freed weights that malloc keeps": kept_by_malloc(dense)} | resident_memory("the result", packed, on_gpu=False)[1]
+    ram = peak(held | states | working, held | probe_memory(dense), held | packing.ram, reloading)
+    return Memory(ram=ram, disk=packing.disk | ({"changed weights": offloaded_bytes(packed, changed)} if on_disk else {}))
 
 
 def offloaded_bytes(packed: ModelSpec, changed: Collection[str]) -> int:
@@ -139,7 +151,7 @@ def offloaded_bytes(packed: ModelSpec, changed: Collection[str]) -> int:
 
 
 def probe_memory(model: ModelSpec) -> dict[str, int]:
-    """What proving the result takes on the CPU, where it was made on a GPU: the weights are rounded once more there."""
+    """What proving the result takes, on the CPU wherever it was made: the weights are rounded once more for that."""
     largest = max(math.prod(group.shape) for group in model.linear_groups if group.layers)
     return {"copies of one weight in the probe": ROUNDING_BYTES * largest}
 
@@ -150,9 +162,14 @@ def batch_memory(params: CalibratedQuantization, model: ModelSpec, batch_size: i
     llm-compressor calibrates with eager attention: every score exists, twice in the model's dtype and once in float32.
     """
     shape, item, length = model.architecture, ITEM_BYTES[model.dtype], params.max_length
-    widest = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.num_heads * shape.head_dim
     scores = shape.num_heads * length * (2 * item + 4)
-    return batch_size * length * (widest * item + 4 * shape.intermediate_size + scores)
+    return min(batch_size, params.num_samples) * length * (widest(shape) * item + 4 * inner_width(shape) + scores)
+
+
+def unpacking_memory(model: ModelSpec) -> int:
+    """Working copies of a block of rows, where there is something to unpack."""
+    sizes = [math.prod(group.shape) for group in model.groups if not group.format.is_dense]
+    return BLOCK_BYTES * min(max(sizes, default=0), BLOCK_WEIGHTS)
 
 
 def packing_memory(dense: ModelSpec, packed: ModelSpec, writes: ModelSpec) -> Memory:
@@ -163,6 +180,6 @@ def packing_memory(dense: ModelSpec, packed: ModelSpec, writes: ModelSpec) -> Me
     ram = {
         "one dense weight": largest * ITEM_BYTES[dense.dtype],
         "its packed form, in blocks and joined": 2 * max((sum(math.prod(s) * ITEM_BYTES[d] for d, s in form) for form in forms), default=0),
-        "working copies of a block of rows": min(largest, BLOCK_WEIGHTS) * BLOCK_BYTES,
+        "working copies of a block of rows": unpacking_memory(packed),
     }
     return Memory(ram=ram, disk={"checkpoint": writes.nbytes})

@@ -41,12 +41,15 @@ def has_grouped_queries(model: ModelSpec) -> bool:
 
 def smoothings(packed: ModelSpec) -> list[Smoothing]:
     """Of every decoder layer the pairs that help round something: a layer that stays dense is only scaled along with others."""
-    rounded = {name for group in packed.groups if not group.format.is_dense for name in group.module_names}
+    rounded: dict[str, set[int]] = {}  # name within a layer -> the layers where it is
+    for group in packed.linear_groups:
+        if not group.format.is_dense:
+            rounded.setdefault(group.name.partition("{layer}.")[2], set()).update(group.layers)
     pairs = [pair for pair in PAIRS if not (pair.searched == "self_attn.o_proj" and has_grouped_queries(packed))]
     found = []
     for layer in range(packed.architecture.num_layers):
         for pair in pairs:
-            smooth, searched, *balance = (f"model.layers.{layer}.{name}" for name in (pair.smooth, pair.searched, *pair.balance))
-            if rounded.intersection(balance):
+            if any(layer in rounded.get(name, ()) for name in pair.balance):
+                smooth, searched, *balance = (f"model.layers.{layer}.{name}" for name in (pair.smooth, pair.searched, *pair.balance))
                 found.append(Smoothing(smooth, tuple(balance), searched))
     return found

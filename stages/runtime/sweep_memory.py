@@ -2,6 +2,7 @@
 
 from pipeline.headers import ITEM_BYTES
 from pipeline.spec import ModelSpec
+from stages.runtime.peak_memory import freed_activations, layer_bytes, widest
 from stages.runtime.windows import MICRO_BATCH_TOKENS, VOCABULARY_ROWS
 
 HIDDEN_STATES = "calibration hidden states"  # the item that stays in RAM where the computation is on a GPU
@@ -9,16 +10,13 @@ HIDDEN_STATES = "calibration hidden states"  # the item that stays in RAM where 
 
 def sweep_memory(model: ModelSpec, num_samples: int, max_length: int) -> dict[str, int]:
     """Bytes by item: one layer, the hidden states of all windows, and what a micro-batch leaves in between."""
-    a = model.architecture
-    item, width = ITEM_BYTES[a.dtype], a.num_heads * a.head_dim
-    layer = a.hidden_size * (2 * width + 2 * a.num_kv_heads * a.head_dim + 3 * a.intermediate_size)
+    a, item = model.architecture, ITEM_BYTES[model.dtype]
     tokens = max_length * max(1, min(num_samples, MICRO_BATCH_TOKENS // max_length))
-    mlp = tokens * a.intermediate_size * (3 * item + 4)  # gate, up, their product; its sum runs in fp32
-    between = max(mlp, tokens * 4 * width * item) + tokens * a.hidden_size * 4 * 4
+    compared = tokens * 4 * 2 * a.hidden_size  # around a layer, in fp32
     return {
-        "one decoder layer": layer * item,
+        "one decoder layer": layer_bytes(model),
         HIDDEN_STATES: num_samples * max_length * a.hidden_size * item,
-        "activations of a micro-batch": between,
-        "freed blocks that malloc keeps": 2 * between,  # measured at 1 B: half to twice
-        "a slice of the embedding": VOCABULARY_ROWS * a.hidden_size * item,
+        "activations of a micro-batch": tokens * widest(a) * item + compared,
+        "freed blocks that malloc keeps": freed_activations(model, tokens) + compared,  # measured: 0.6 to 2.2 of it
+        "a slice of the embedding": min(VOCABULARY_ROWS, a.vocab_size) * a.hidden_size * item,
     }

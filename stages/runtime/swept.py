@@ -85,7 +85,7 @@ class LayerwiseScorer:
             progress(done, total)
 
         for group in groups:
-            batches = [padded(batch)[:, :-1] for batch in group]
+            batches = [padded(batch) for batch in group]
             for view in views:
                 view.sweep(batches, layer_done)
             for batch in group:

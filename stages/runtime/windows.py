@@ -7,9 +7,13 @@ the document's first is scored exactly once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens ...
-LOGITS_BUFFERS = 6  # ... and how many such buffers live at the peak: logits and log-probabilities of two models, their products
+LOGITS_BUFFERS_ALONE = 2  # ... and how many such buffers live at the peak: logits and log-probabilities ...
+LOGITS_BUFFERS = 7  # ... or, where two models are compared, those of both, probabilities, a difference and their product
+
+BUCKET, EVEN_UP_TO = 64, 512  # tokens of context: buckets of one width up to here, after that each as wide as all before it
 
 # Where a model runs layer by layer (stages/runtime/layerwise.py):
 VOCABULARY_ROWS = 8192  # rows of the embedding or head in memory at once: the head of a 128k x 8192 model is larger than its layers
@@ -51,6 +55,20 @@ def group_batches(work: Sequence[Sequence[Window]], tokens: int) -> Iterator[Seq
         held += size
     if group:
         yield group
+
+
+def position_buckets(window: int) -> list[tuple[int, int]]:
+    """(from, to) of each bucket of positions in a window of that length: 0-64, 64-128, ... 448-512, 512-1024, 1024-2048, ...
+
+    A token's position is the number of tokens before it in its window, which is all the context it is scored with. The window ends
+    the last bucket.
+    """
+    edges = [*range(0, min(window, EVEN_UP_TO), BUCKET)]
+    edge = EVEN_UP_TO
+    while edge < window:
+        edges.append(edge)
+        edge *= 2
+    return list(pairwise([*edges, window]))
 
 
 def chunk_tokens(vocab_size: int) -> int:

@@ -92,6 +92,8 @@ def publish(store: Store, node: PlannedNode, perplexity: float = 8.0) -> Manifes
         fingerprint="f",
         seconds=12.5,
         peak_rss=600_000_000,
+        floor_rss=350_000_000,
+        tensor_bytes=spec.nbytes if spec else None,
         created="2026-01-01T00:00:00+00:00",
     )
     store.publish(scratch, manifest)
@@ -99,7 +101,7 @@ def publish(store: Store, node: PlannedNode, perplexity: float = 8.0) -> Manifes
 
 
 def _metrics(node: PlannedNode, perplexity: float) -> dict[str, float]:
-    if EvalReport not in node.types.values():
+    if EvalReport not in node.types.values() or node.stage.name == "lm_eval":
         return {}
     if "reference" not in node.inputs:
         return {"perplexity": 5.0, "bits_per_byte": 1.5}

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, EvalReport, QuantizedCheckpoint
 from pipeline.errors import RecipeError
-from pipeline.graph import SOURCE_MODEL, Graph, Ref, build
+from pipeline.evidence import build
+from pipeline.graph import SOURCE_MODEL, Graph, Ref
 from pipeline.recipe import DataSource, ModelSource, Recipe, StageConfig
 from pipeline.stage import Context, Stage
 from pipeline.target import Target

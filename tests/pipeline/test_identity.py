@@ -157,6 +157,7 @@ def test_the_fingerprint_sees_code_and_not_comments(tmp_path: Path, monkeypatch:
     for source in ("x = 1\n", "# why\n\nx = 1  # one\n", "x = 2\n"):
         (tmp_path / "fingerprinted.py").write_text(source)
         identity.fingerprint.cache_clear()
+        identity._code.cache_clear()
         digests.append(identity.fingerprint("fingerprinted"))
     assert digests[0] == digests[1] != digests[2]
 

@@ -186,7 +186,7 @@ def test_a_group_size_that_pruning_breaks_is_found_before_any_weight_is_read(con
         ("eval.txt", b"", "holds no document"),
         ("eval.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("eval.jsonl", b"{}\n", 'line 1 is not a JSON object with a "text"'),
-        ("eval.csv", b"a,b", "is not a .jsonl or .txt file"),
+        ("eval.csv", b"a,b", "is not a .jsonl, .parquet or .txt file"),
     ],
 )
 def test_a_data_file_that_cannot_be_read_is_named(config: dict[str, Any], tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -302,15 +302,38 @@ def test_a_model_that_no_stage_names_is_checked_and_changes_nothing(config: dict
 
 
 def test_the_plan_says_whether_the_load_fits_the_target(config: dict[str, Any], tmp_path: Path) -> None:
-    assert plan_of(config, tmp_path / "outputs").fit is None  # nothing is asked
+    assert plan_of(config, tmp_path / "outputs").served is None  # nothing is asked
     config["target"] = {"name": "card", "gpus": 1, "memory": "4GiB", "reserve": "1GiB"}
     config["serve"] = {"context": 256, "batch": 2}
     plan = plan_of(config, tmp_path / "outputs")
-    assert plan.fit is not None and plan.fit.fits
-    assert (plan.fit.weights, plan.fit.cache) == (plan.final_spec.nbytes, 512 * plan.final_spec.kv_cache.bytes_per_token)
+    assert plan.served is not None and plan.served.fit.fits and not plan.problems
+    assert (plan.served.fit.weights, plan.served.fit.cache) == (plan.final_spec.nbytes, 512 * plan.final_spec.kv_cache.bytes_per_token)
+    assert plan.served.speed is None  # the card's peak is not known
     config["target"] |= {"memory": "1GiB"}
-    small = plan_of(config, tmp_path / "outputs").fit
-    assert small is not None and not small.fits
+    problems = plan_of(config, tmp_path / "outputs").problems
+    assert [problem.partition(":")[0] for problem in problems] == ["stages.evaluate@source", "stages.evaluate", "serve"]
+
+
+def test_hours_dollars_and_disk_are_those_of_what_is_to_run(config: dict[str, Any], tmp_path: Path) -> None:
+    config["target"] = {"name": "card", "gpus": 1, "memory": "4GiB", "flops": 1e12, "bandwidth": 1e12, "disk_bandwidth": 1e6, "price": 3.6}
+    plan = plan_of(config, tmp_path, execute=True)
+    assert plan.to_run == plan.nodes
+    assert plan.seconds == sum(node.seconds or 0 for node in plan.nodes)
+    assert plan.dollars == pytest.approx((plan.seconds or 0) * 3.6 / 3600)
+    made = [node.expected["model"].nbytes for node in plan.nodes[1:3] if isinstance(node.expected["model"], ModelSpec)]
+    assert plan.disk >= sum(made)
+    assert plan.nodes[1].seconds is not None and plan.nodes[1].seconds > (plan.source.model_spec.nbytes + made[0]) / 1e6
+    publish(tmp_path, plan.nodes[1])
+    later = plan_of(config, tmp_path, execute=True)
+    assert [node.name for node in later.to_run] == ["evaluate@source", "quantize", "evaluate"]
+    assert later.disk == plan.disk - made[0] and (later.seconds or 0) < (plan.seconds or 0)
+
+
+def test_another_machine_may_run_the_stages_than_the_one_that_serves(config: dict[str, Any], tmp_path: Path) -> None:
+    config |= {"target": {"name": "phone", "ram": "1GiB"}, "compute": {"name": "card", "gpus": 1, "memory": "40GiB"}}
+    plan = plan_of(config, tmp_path)
+    assert plan.recipe.machine.name == "card" and plan.nodes[-1].memory.vram and not plan.shortages
+    assert plan.digest == plan_of({**config, "compute": None}, tmp_path).digest
 
 
 def test_a_load_that_makes_no_sense_is_refused(config: dict[str, Any], tmp_path: Path) -> None:

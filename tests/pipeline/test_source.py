@@ -127,11 +127,12 @@ def test_a_damaged_tokenizer_is_refused_before_any_work(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000, '{"model_type": "llama", "vocab_size": "many"}', "\udcff"])
-def test_an_odd_config_is_one_sentence(folder: Path, content: str) -> None:
+def test_an_odd_config_is_one_sentence_for_each_field(folder: Path, content: str) -> None:
     (folder / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(RecipeError, match=r"^model: .*config\.json") as caught:
         open_folder(folder)
-    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+    assert all(problem.startswith("model: ") and "\n" not in problem for problem in caught.value.problems)
+    assert len(caught.value.problems) == (5 if "many" in content else 1)  # the one that is wrong, four that are missing
 
 
 def add_head(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -245,7 +246,7 @@ def test_a_split_may_have_a_format_of_its_own(tmp_path: Path) -> None:
 def test_conversations_are_read_from_jsonl_only(tmp_path: Path) -> None:
     (tmp_path / "chats.txt").write_text(CHAT)
     with pytest.raises(
-        RecipeError, match=r"^data\.splits\.train: chats\.txt is not a \.jsonl file; conversations are read from those only$"
+        RecipeError, match=r"^data\.splits\.train: chats\.txt is not a \.jsonl or \.parquet file; conversations are read from those only$"
     ):
         open_train({"format": "messages", "splits": {"train": str(tmp_path / "chats.txt")}})
 

@@ -21,7 +21,8 @@ from pipeline import recorder
 from pipeline.destination import Destination, legal, parameter
 from pipeline.plan import Plan
 from pipeline.recipe import TrackingSettings
-from pipeline.report import Report, RunRecord, build_report
+from pipeline.report import Report, build_report
+from pipeline.run_record import RunRecord
 from pipeline.spool import FOLDER, Recorded, Spool, follow, is_live, spools
 from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, is_recorded, place_of, short_name, view_command
 from tests.pipeline.rehearsal import plan_of, rehearse, small_model
@@ -263,15 +264,21 @@ def test_running_again_updates_the_pipeline_and_hits_point_to_the_execution(mode
 
 @pytest.mark.usefixtures("database")
 def test_an_execution_holds_curves_and_planned_beside_measured(model: Path, tmp_path: Path) -> None:
-    plan = plan_of(model, tmp_path)
+    plan = plan_of(model, tmp_path, target={"name": "host", "flops": 1e8, "bandwidth": 1e8})
     run(plan, tmp_path, Unrecorded)
     client = replay(tmp_path, folder_of(plan, tmp_path))
     (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4g64'")
     curve = client.get_metric_history(execution.info.run_id, "loss")
     assert [(point.step, point.value) for point in curve] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
     metrics = execution.data.metrics
-    assert metrics["planned_nbytes"] == metrics["nbytes"]
-    assert {"planned_peak_ram", "measured_peak_ram", "bits_per_weight", "kv_bytes_per_token"} <= set(metrics)
+    node = next(node for node in plan.nodes if node.name == "quantize")
+    assert metrics["planned_nbytes"] == metrics["measured_nbytes"] == metrics["nbytes"]
+    assert (metrics["planned_seconds"], metrics["measured_seconds"]) == (node.seconds, 12.5)
+    assert (metrics["planned_peak_ram"], metrics["measured_peak_ram"]) == (node.memory.totals["ram"], 250_000_000)
+    assert not {"planned_peak_vram", "measured_peak_vram"} & set(metrics), "no GPU is planned and none was used"
+    assert {"bits_per_weight", "kv_bytes_per_token"} <= set(metrics)
+    (pipeline,) = pipelines(client)
+    assert pipeline.data.metrics["planned_seconds"] == pytest.approx(sum(node.seconds or 0 for node in plan.nodes), abs=1e-3)
     assert (execution.data.params["num_bits"], execution.data.params["group_size"]) == ("4", "64")
     assert execution.info.end_time - execution.info.start_time == 12_500
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.worker import EXIT_CODES, RESPONSE, EventLog, Failure, Request, Success, explain, parse_peak_rss, peak_rss
+from pipeline.worker import EXIT_CODES, RESPONSE, EventLog, Failure, Request, Success, explain
 from tests import toys
 
 
@@ -42,6 +42,7 @@ class TestRunJob:
         assert isinstance(response, Success) and code == 0
         assert response.outputs["report"].model_dump() == {"type": "EvalReport", "path": ".", "metrics": {"value": 3.0}}
         assert response.seconds >= 1.0 and response.peak_rss > 10_000_000
+        assert response.peak_vram is None, "this stage uses no GPU"
         assert {"python", "hostname", "pydantic", "torch"} <= set(response.environment)
         assert (request.output / "report.json").exists()
         events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -49,6 +50,14 @@ class TestRunJob:
         assert 5 <= len(progress) <= 40 and progress[-1] == 1000, "1000 reports in a second are thinned, the last one is kept"
         assert [event["metrics"] for event in events if event["event"] == "curve"] == [{"loss": 2.5}]
         assert "toy runs slow" in printed
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what is resident now")
+    def test_memory_above_the_floor_is_what_the_stage_took(self, tmp_path: Path) -> None:
+        prepare(tmp_path, action="as_planned")
+        _, response, _ = work(tmp_path)
+        assert isinstance(response, Success) and response.floor_rss is not None
+        assert response.floor_rss > 10_000_000, "an interpreter and pydantic"
+        assert response.peak_rss - response.floor_rss == pytest.approx(100_000_000, rel=0.2)
 
     @pytest.mark.parametrize(
         ("action", "kind", "message"),
@@ -111,14 +120,6 @@ def test_events_carry_scalars_of_numeric_libraries() -> None:
     stream = io.StringIO()
     EventLog(stream).emit({"event": "curve", "step": 1, "metrics": {"loss": Scalar()}})
     assert json.loads(stream.getvalue())["metrics"] == {"loss": 0.5}
-
-
-def test_peak_memory_is_in_bytes() -> None:
-    assert parse_peak_rss("Name:\tx\nVmHWM:\t  2048 kB\n") == 2048 * 1024
-    assert parse_peak_rss("State:\tZ (zombie)\n") == 0
-    before = peak_rss()
-    block = bytearray(64 << 20)
-    assert peak_rss() >= before + len(block) // 2
 
 
 @pytest.mark.parametrize("module", ["pipeline.worker", "pipeline.forkserver", "pipeline.executor", "pipeline.progress"])

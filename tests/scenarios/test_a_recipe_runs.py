@@ -48,7 +48,7 @@ def test_a_recipe_runs_and_again_it_is_all_hits_and_a_change_runs_only_what_foll
     assert not (folder / "exported" / "artifact.json").exists()
 
     plan = run("recipe=mine.yaml", "mode=plan", "stages.quantize.num_bits=3")
-    assert "quantize: to run (params.num_bits: 4 -> 3)" in plan.out
+    assert "to run (params.num_bits: 4 -> 3): quantize" in plan.out
 
     reordered = run("recipe=mine.yaml", "order=[quantize,prune,evaluate]")
     assert statuses(folder)["dequantize"] == "ran"

@@ -13,7 +13,7 @@ from tests.scenarios.conftest import Run
     ("arguments", "sentence"),
     [
         (["recipe=quickstrat"], "recipe: there is no 'quickstrat'; did you mean 'quickstart'?"),
-        (["recipe=absent.yaml"], "recipe: absent.yaml does not exist; there are: 70b_to_single_a100, "),
+        (["recipe=absent.yaml"], "recipe: absent.yaml does not exist; there are: 13b_to_rtx4090, "),
         (["mode=plan"], "no recipe is chosen; write recipe=<name>"),
         (["recipe=mine.yaml", "stage@stages.quantize=gtpq"], "stage: there is no 'gtpq'; did you mean 'gptq'?"),
         (["recipe=mine.yaml", "stages.prune.mlp_raito=0.3"], "stages.prune.mlp_raito: there is no such setting; did you mean 'mlp_ratio'?"),

@@ -55,7 +55,7 @@ def test_what_the_shapes_and_the_data_rule_out_is_known_from_the_plan(training: 
 def test_a_split_that_is_missing_or_empty_is_named(training: Run, folder: Path) -> None:
     errors = told(training("mode=plan", "~data.splits.train"))
     assert errors == [
-        f"data.splits: {stage} needs a split `train`, there are: calibration, eval; write +data.splits.train=/file.jsonl"
+        f"data.splits: {stage} needs a split `train`, there are: calibration, eval, tasks; write +data.splits.train=/file.jsonl"
         for stage in ("distill", "recover")
     ]
     (error,) = told(training("mode=plan", "data.splits.training=data/train.txt"))

@@ -105,7 +105,7 @@ def test_the_student_comes_closer_to_its_teacher(
 ) -> None:
     events: Events = []
     made = distill(tmp_path / "out", student, train, teacher, events, epochs=3)
-    assert divergence(teacher, made, train) < 0.75 * divergence(teacher, student, train)
+    assert divergence(teacher, made, train) < 0.85 * divergence(teacher, student, train)
     curve = [event["metrics"] for event in events if event["event"] == "curve"]
     assert len(curve) == 18 and curve[-1]["kl_divergence"] < curve[0]["kl_divergence"]
     for point in curve:

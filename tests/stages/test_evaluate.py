@@ -133,7 +133,7 @@ def test_an_int8_cache_is_scored_as_it_serves_and_its_own_cost_is_told(
         "kv_cache_kl_divergence": plain_kl,
         "kv_cache_perplexity_change_pct": 100 * math.expm1(nll - plain_nll),
         "kv_bytes_per_token": per_token,
-        "kv_cache_nbytes": (LENGTH - 1) * per_token,
+        "kv_cache_nbytes": LENGTH * per_token,
     }
     assert {name: report.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-2) and plain_kl > 0
     single = evaluate(tmp_path / "single", cached, text, source, batch_size=1, max_documents=2)

@@ -25,7 +25,7 @@ class Toy(Stage):
     class Params(Stage.Params):
         action: Literal[
             "write", "raise", "refuse", "allocate", "allocate_torch", "fill_disk", "exit", "kill", "leave_child", "stop", "hold_gil",
-            "slow", "wrong_type", "wrong_place", "no_disk", "abort", "threads", "stop_with_child",
+            "slow", "wrong_type", "wrong_place", "no_disk", "abort", "threads", "stop_with_child", "as_planned",
         ] = "write"  # fmt: skip
         witness: str = ""  # a file that gets the pid of every process that runs this stage, or that it leaves behind
         value: float = 1.0
@@ -60,6 +60,10 @@ class Toy(Stage):
 
     def _allocate(self, ctx: Context) -> None:
         bytearray(8 << 30)
+
+    def _as_planned(self, ctx: Context) -> None:
+        held = bytearray(b"x") * 100_000_000  # every page written
+        assert held[-1]
 
     def _allocate_torch(self, ctx: Context) -> None:
         import torch

@@ -1,0 +1,137 @@
+"""What stages compute, move, read and write, where several of them do the same. Needs no torch: a plan reads it.
+
+A forward is two FLOP for each weight and token, and the attention; a backward twice that, of frozen weights once (they need no
+gradients of their own). So training every weight of a model of N takes 6 N FLOP a token, beside an adapter 4 N:
+
+    training(p, execution, llama2_7b).flops / (p.tokens * llama2_7b.num_parameters)    # 5.94: no product for the embedding, attention added
+
+Rates of what only CPUs do are those of one core of an EPYC with AVX-512, measured. Not counted: starting up, copies between CPU and GPU,
+what processes tell each other, NF4's rounding while a model is loaded, and states saved during a training. `bench/hours.py` compares: on
+one such core, the small model's evaluation, training, calibration and packing are planned at 0.6 to 1.4 of what they take.
+"""
+
+import math
+
+from pipeline.artifact import DatasetSpec
+from pipeline.roofline import Work, attention_flops, multiplied_parameters, table_size
+from pipeline.spec import ModelSpec
+from stages.runtime.launch import ALONE, Processes
+from stages.runtime.lora_settings import adapter_spec, target_groups
+from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, offloaded_bytes
+from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams
+
+TOKEN_BYTES = 4  # of text: English with vocabularies of 32,000 words and more; the small model's 4,096 words make it 3.4 of Python
+
+# A core, a second, of what all cores share:
+PACKED = 50e6  # weights rounded and packed: 47e6 to 76e6, by bits and zero points
+UNPACKED = 50e6  # weights multiplied out: 26e6 to 71e6
+ROUNDED = 130e6  # weights rounded for a forward, in bf16
+CHECKED = 1.0e9  # bytes of bf16 searched for nan and inf
+# Of what one core does alone:
+CUT = 1.1e9  # weights scored by magnitude (2.6e9) and gathered (2.0e9)
+MERGED = 1.6e9  # weights to which an adapter of rank 16 is added
+HASHED = 1.8e9  # bytes digested by sha256, on a core with instructions for it
+TOKENIZED = 2.5e6  # bytes of text
+
+# Bytes moved in the memory of the device that computes:
+ADAMW_BYTES = 28 + 12  # for each trained weight and update: weight, gradient, two moments read, three written; the gradient clipped
+ACCUMULATION_BYTES = 18  # for each trained weight and micro batch: cast to bf16 (6), its gradient written, read and added up (12)
+
+
+def forward_flops(model: ModelSpec, tokens: float, length: int, head: bool = True, causal: bool = True, all_experts: bool = False) -> float:
+    """Of `tokens` tokens in windows of `length`. `causal` attention skips what it masks; eager attention computes it too."""
+    weights = multiplied_parameters(model) + (model.num_parameters - model.active_parameters if all_experts else 0)
+    return tokens * (2 * (weights - (0 if head else table_size(model))) + attention_flops(model, length / 2 if causal else length))
+
+
+def packed_weights(model: ModelSpec) -> int:
+    return sum(group.count * math.prod(group.shape) for group in model.groups if not group.format.is_dense)
+
+
+def reading(model: ModelSpec, times: int = 1) -> Work:
+    """Of all weights; packed ones are multiplied out on the CPU."""
+    return Work(disk=times * model.nbytes, cpu_shared=times * packed_weights(model) / UNPACKED)
+
+
+def tokenizing(data: DatasetSpec) -> Work:
+    """Of a whole split: windows are chosen from all of its tokens."""
+    return Work(disk=data.nbytes, cpu=data.nbytes / TOKENIZED)
+
+
+def packing(packed: ModelSpec) -> Work:
+    return Work(cpu_shared=packed_weights(packed) / PACKED)
+
+
+def digesting(nbytes: float) -> Work:
+    """Of published files, read once for it."""
+    return Work(disk=nbytes, cpu=nbytes / HASHED)
+
+
+def proving(checkpoint: ModelSpec) -> Work:
+    """Of a checkpoint that is on disk: every value is looked at, then every byte digested."""
+    return digesting(checkpoint.nbytes) + Work(disk=checkpoint.nbytes, cpu_shared=checkpoint.nbytes / CHECKED)
+
+
+def publishing(checkpoint: ModelSpec) -> Work:
+    return Work(disk=checkpoint.nbytes) + proving(checkpoint)
+
+
+def merging(model: ModelSpec) -> Work:
+    """Of an adapter into the weights that are read once more."""
+    return reading(model) + Work(cpu=sum(group.num_parameters for group in target_groups(model)) / MERGED)
+
+
+def training(
+    params: TrainingParams, execution: TrainingExecution, model: ModelSpec, lora: LoRAParams | None = None, processes: Processes = ALONE
+) -> Work:
+    """Of one of the processes, which share each update's samples; `lora` where adapters are trained and the rest is frozen in NF4."""
+    tokens = params.tokens / processes.count
+    attention = tokens * attention_flops(model, params.max_length / 2)
+    weights, adapter = forward_flops(model, tokens, params.max_length) - attention, adapter_spec(model, lora.rank) if lora else None
+    flops = (2 if adapter else 3) * weights + 3 * attention
+    again = forward_flops(model, tokens, params.max_length, head=False) if execution.gradient_checkpointing else 0
+    batches = micro_batches(params, execution, processes.count)
+    if adapter:
+        flops += 6 * tokens * adapter.num_parameters
+        nbytes = params.steps * adapter.num_parameters * ADAMW_BYTES + batches * unpacking_nf4(params, model, 3 if again else 2)
+    else:
+        nbytes = model.num_parameters * (params.steps * ADAMW_BYTES / processes.shards + batches * ACCUMULATION_BYTES)
+    return products(params, flops + again) + Work(nbytes=nbytes)
+
+
+def products(params: TrainingParams, flops: float) -> Work:
+    """At the rate of the training's dtype."""
+    return Work(flops=flops) if params.dtype == "bf16" else Work(float32_flops=flops)
+
+
+def micro_batches(params: TrainingParams, execution: TrainingExecution, processes: int = 1) -> int:
+    """Of each process."""
+    return params.steps * math.ceil(params.global_batch_size / processes / execution.micro_batch_size)
+
+
+def unpacking_nf4(params: TrainingParams, model: ModelSpec, passes: int) -> float:
+    """Bytes that a micro batch moves: a forward or a backward reads 4 bits of a weight, writes its value and reads that."""
+    return passes * (0.5 + 2 * params.item) * sum(group.num_parameters for group in target_groups(model))
+
+
+def calibrating(
+    params: CalibratedQuantization,
+    execution: CalibrationExecution,
+    dense: ModelSpec,
+    packed: ModelSpec,
+    changed: set[str],
+    data: DatasetSpec,
+) -> Work:
+    """What llm-compressor's sequential pipeline takes whatever the quantizer, and what comes after it.
+
+    Each layer runs twice on all windows, with eager attention and on every expert: to look at it, and to compute what the next one
+    sees. The result is packed, written, and proven on one window by the calibrated model and the reloaded one, both on the CPU.
+    """
+    twice = 2 * forward_flops(dense, params.tokens, params.max_length, causal=False, all_experts=True)
+    probe = 2 * forward_flops(dense, params.max_length, params.max_length)
+    work = Work(flops=twice, cpu_flops=probe, cpu_shared=packed_weights(packed) / ROUNDED) + tokenizing(data)
+    if execution.offload == "disk":  # read to calibrate, to prove and to pack; and read once more to see whether the result loads
+        work += reading(dense, 3) + Work(disk=offloaded_bytes(packed, changed) + packed.nbytes)
+    else:
+        work += reading(dense)
+    return work + packing(packed) + publishing(packed) + reading(packed)
