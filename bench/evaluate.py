@@ -1,0 +1,107 @@
+"""Does scoring cost more than the forward passes? Tokens per CPU second of what `evaluate` does, against a bare loop.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python bench/evaluate.py [--size 300M] [--max-documents N] [--repeats 5]
+
+The bare loop is what one would write for a perplexity: `model(ids).logits` of each batch, its cross-entropy, one sum. Both read the same
+windows in the same batches, from models that are loaded before. The stage also keeps every token's loss, by document and by position. The
+second row has a reference: the bare loop then runs both models, and takes the KL divergence of their logits. The two ways alternate, and
+the fastest run of each counts, since other work can only slow one down; the spread is that of the ratios of neighbouring runs.
+Without --size it is the small model on its held-out text; 300M is random.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from bench.memory import ASSETS, SMALL, config, make_checkpoint
+from pipeline.artifact import Dataset, DenseCheckpoint
+from stages.evaluate import Evaluate
+from stages.runtime.evaluation import Document, Tally, encode
+from stages.runtime.scoring import ResidentScorer, padded
+from stages.runtime.windows import Window, batches, cut_windows
+
+ROW = "{:<15} {:>8} {:>10} {:>10} {:>7} {:>15}"
+Work = Sequence[Sequence[Window]]
+
+
+@torch.inference_mode()
+def bare_loop(work: Work, model: Any, reference: Any | None) -> float:
+    """Nats per token, for comparison."""
+    nll = kl = 0.0
+    for batch in work:
+        ids = padded(batch)
+        targets = ids[:, 1:].clone()
+        for row, window in enumerate(batch):
+            targets[row, len(window.ids) - 1 :] = -100
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        nll += functional.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+        if reference is not None:
+            expected = reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            divergence = functional.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+            kl += divergence[targets.flatten() >= 0].sum().item()
+    return nll / sum(len(window.ids) - 1 for batch in work for window in batch)
+
+
+def stage_loop(documents: Sequence[Document], work: Work, scorer: ResidentScorer, window: int) -> float:
+    tally = Tally(documents, window, with_reference=scorer.beside is not None)
+    for scores in scorer.scores(work, lambda done, total: None):
+        tally.add(scores)
+    return tally.metrics()["nll_per_token"]
+
+
+def alternate(first: Callable[[], float], second: Callable[[], float], repeats: int) -> list[tuple[float, float]]:
+    """CPU seconds of both, by repeat; the first round, which is for warming up, is not told, but must agree."""
+    assert abs(first() - second()) < 1e-3, "the two do not compute the same"
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        first()
+        between = time.process_time()
+        second()
+        seconds.append((between - started, time.process_time() - between))
+    return seconds
+
+
+def compare(model: Path, options: argparse.Namespace, beside: bool) -> None:
+    spec = DenseCheckpoint(model).model_spec
+    window = Evaluate.from_dict({"max_length": options.max_length}).window(spec)
+    documents = encode(Dataset(ASSETS / "data/eval.jsonl"), model, spec.architecture.vocab_size, options.max_documents)
+    work = list(batches(cut_windows([document.ids for document in documents], window), options.batch_size))
+    scorer = ResidentScorer(model, model if beside else None, torch.device("cpu"))
+    models = (scorer.model.model, scorer.beside.model if scorer.beside else None)
+    seconds = alternate(lambda: bare_loop(work, *models), lambda: stage_loop(documents, work, scorer, window), options.repeats)
+    tokens = sum(len(document.ids) - 1 for document in documents)
+    bare, stage = (tokens / min(column) for column in zip(*seconds, strict=True))
+    ratios = sorted(a / b for a, b in seconds)
+    spread = f"{ratios[0]:.2f} {statistics.median(ratios):.2f} {ratios[-1]:.2f}"
+    row = ROW.format("with reference" if beside else "alone", f"{tokens:,}", f"{bare:,.0f}", f"{stage:,.0f}", f"{stage / bare:.3f}", spread)
+    print(row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["300M", "1B"], help="a random model instead of the small one")
+    parser.add_argument("--max-documents", type=int)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    print(ROW.format("", "tokens", "bare loop", "stage", "ratio", "low median high"))
+    with tempfile.TemporaryDirectory() as folder:
+        model = SMALL
+        if options.size:
+            model = Path(folder) / "model"
+            make_checkpoint(model, config(options.size, 4096))
+        for beside in (False, True):
+            compare(model, options, beside)
+
+
+if __name__ == "__main__":
+    main()
