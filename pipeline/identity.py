@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -147,7 +147,12 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 
 class DigestMemo:
-    """sha256 of files, remembered in one JSON file under the outputs folder by path and what a changed file cannot keep."""
+    """sha256 of files, remembered in one JSON file under the outputs folder by path and what a changed file cannot keep.
+
+    What this process has computed it also remembers by itself, since plans write nothing and a sweep makes many.
+    """
+
+    _computed: ClassVar[dict[str, tuple[tuple[int, ...], str]]] = {}
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -164,10 +169,12 @@ class DigestMemo:
     def compute(self, file: Path) -> str:
         found = self.known(file)
         if found is None:
-            stamp = self._stamp(file)  # before hashing: a change meanwhile must not be remembered as this content
-            found = sha256_file(file)
-            self._known[str(file.resolve())] = (stamp, found)
+            stamp, place = self._stamp(file), str(file.resolve())  # before hashing: a change meanwhile is not this content
+            if self._computed.get(place, ((), ""))[0] != stamp:
+                self._computed[place] = (stamp, sha256_file(file))
+            self._known[place] = self._computed[place]
             self._changed = True
+            found = self._known[place][1]
         return found
 
     def save(self) -> None:

@@ -22,12 +22,11 @@ CUDA_BYTES = 1 << 30  # of a GPU: CUDA's context, the libraries' kernels and wor
 LIBRARY_BYTES = 1 << 30  # of RAM: the interpreter with torch and transformers; 0.6 to 0.9 GB measured
 MOST_TOGETHER = 4  # changes that are tried together
 
-Place = Literal["vram", "ram", "disk"]
-NAMES: dict[Place, str] = {"vram": "VRAM", "ram": "RAM", "disk": "disk"}
+Place = Literal["vram", "ram"]
 
 
 class Shortage(Frozen):
-    """What is too little, in bytes, and what would be enough, nearest first. `node` is empty where it is of the whole recipe."""
+    """What a node has too little of, in bytes, and what would be enough, nearest first."""
 
     node: str
     place: Place
@@ -52,7 +51,7 @@ def shortage(
         price, label = min(larger)
         remedies.append(f"a larger machine, {label}" + ("" if price == math.inf else f" (${price:.2f} per hour)"))
     overhead = "CUDA and fragments" if place == "vram" else "interpreter and libraries"
-    need = f"{format_size(needed)} of {NAMES[place]}, {overhead} included"
+    need = f"{format_size(needed)} of {place.upper()}, {overhead} included"
     problem = f"stages.{name}: needs {need}, and {machine.name} has {format_size(room)}"
     told = f"; what would fit: {', or '.join(remedies)}" if remedies else "; no change that is known makes it fit"
     return Shortage(node=name, place=place, needed=needed, room=room, sentence=problem + told, remedies=tuple(remedies))
