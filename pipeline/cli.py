@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import compose
 from pipeline.errors import Interrupted, LlmpressError, RecipeError
+from pipeline.objectives import Returned, objectives
 from pipeline.process import ForkServer
 from pipeline.recipe import read_config, read_settings
 from pipeline.run import collect_unused, run_pipeline
@@ -49,7 +50,7 @@ def _main(arguments: list[str]) -> int:
     failed: list[LlmpressError] = []
     server = ForkServer(Path("forkserver.log"))  # starts at the first stage that runs; every job of a sweep uses it
 
-    def task(config: DictConfig) -> dict[str, float]:
+    def task(config: DictConfig) -> Returned:
         alone = HydraConfig.get().mode is not RunMode.MULTIRUN
         try:
             return _job(config, server)
@@ -94,8 +95,8 @@ def _composed(folder: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def _job(config: DictConfig, server: ForkServer) -> dict[str, float]:
-    """One composed config, alone or as a job of a sweep; returns the final metrics."""
+def _job(config: DictConfig, server: ForkServer) -> Returned:
+    """One composed config, alone or as a job of a sweep; returns the final metrics or, of a run, the chosen `objectives`."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     content = {str(key): value for key, value in plain.items()}
@@ -106,7 +107,8 @@ def _job(config: DictConfig, server: ForkServer) -> dict[str, float]:
         raise RecipeError(f"no recipe is chosen; write recipe=<name>\n\n{compose.recipe_list()}")
     recipe, settings = read_config(content, compose.display_name(name))
     sweep = str(Path(HydraConfig.get().sweep.dir).resolve()) if HydraConfig.get().mode is RunMode.MULTIRUN else ""
-    return run_pipeline(recipe, settings, OmegaConf.to_yaml(config, resolve=True), compose.resources(), server, sweep)
+    metrics = run_pipeline(recipe, settings, OmegaConf.to_yaml(config, resolve=True), compose.resources(), server, sweep)
+    return objectives(metrics, settings.objectives if settings.mode == "run" else None)
 
 
 def _sentences(error: LlmpressError) -> str:

@@ -20,6 +20,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from pipeline import orders_sweeper
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
 from pipeline.recipe import check_document
@@ -32,6 +33,7 @@ ADDED = {  # mappings that take entries of any name, and what to write for a new
     r"model\.architecture\.(\w+)": r"+model.architecture.\1=...",
     r"stages\.(\w+)\.inputs\.(\w+)": r"+stages.\1.inputs.\2=...",
 }
+ORDERS = "hydra/sweeper=orders"
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 
 
@@ -60,7 +62,7 @@ def _title(file: Path) -> str:
 
 
 def register() -> None:
-    """Put every stage and every shipped recipe into Hydra's config store."""
+    """Put every stage, every shipped recipe and the sweeper over orders into Hydra's config store."""
     store = ConfigStore.instance()
     for name in stage_names():
         try:
@@ -72,14 +74,17 @@ def register() -> None:
         store.store(group="stage", name=name, node=node, provider="llmpress")
     for file in recipe_files():
         _store_recipe(file, file.stem)
+    orders_sweeper.register(resources())
 
 
 def take_recipe_files(arguments: list[str]) -> list[str]:
     """Register each file of `recipe=path.yaml[,other]` under a name of its own and put that name in its place.
 
-    A sweep's `-m` may stand anywhere; it is put first, as Hydra takes it.
+    A sweep's `-m` may stand anywhere; it is put first, as Hydra takes it. The sweeper over orders needs none.
     """
     taken = []
+    if ORDERS in arguments and not any(argument.startswith("-") for argument in arguments):
+        taken.append("-m")
     for argument in sorted(arguments, key=lambda given: given not in ("-m", "--multirun")):
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") == "recipe" and any(YAML_FILE.search(part.strip("'\" ")) for part in value.split(",")):

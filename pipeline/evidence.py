@@ -14,6 +14,7 @@ from pipeline.errors import did_you_mean
 from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL, Graph, Node, Ref, worked_on
 from pipeline.quality import GateConfig
 from pipeline.recipe import Recipe
+from pipeline.requantize import end_of_changes, requantize
 from pipeline.stage import Stage, find_stage
 from pipeline.wiring import Wiring
 
@@ -27,7 +28,12 @@ def build(recipe: Recipe, sources: dict[Ref, type[Checkpoint]], problems: list[s
     What is wrong is added to `problems`; a node whose input could not be wired then lacks it, so that the rest can still be checked.
     """
     wiring = Wiring(recipe, sources, problems)
-    for name in recipe.order:
+    end = end_of_changes(recipe)
+    for name in recipe.order[:end]:
+        wiring.add(name)
+    if recipe.requantize:
+        requantize(wiring)
+    for name in recipe.order[end:]:
         wiring.add(name)
     final = wiring.latest
     _Evidence(wiring, final).add()

@@ -24,6 +24,7 @@ from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, worked_on
 from pipeline.identity import DigestMemo, digest, non_default, not_installed, output_key, stage_key
 from pipeline.misses import explain_miss
 from pipeline.recipe import Recipe
+from pipeline.requantize import configured, left_dense
 from pipeline.roofline import Work, dollars, seconds
 from pipeline.served import Served, known_targets, senseless, served
 from pipeline.shortage import Shortage, lacking, shortage
@@ -186,7 +187,8 @@ def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:
         if name in recipe.order
     }
     read = {str(ref): artifact.key for ref, artifact in sources.items()}
-    return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, "sources": read})
+    asked = {"requantize": True} if recipe.requantize else {}  # a default stays out, as of a stage's parameters
+    return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, "sources": read} | asked)
 
 
 class _Evaluation:
@@ -218,7 +220,7 @@ class _Evaluation:
             inferred = node.stage.infer(**specs)
         except ValueError as error:
             for problem in error.problems if isinstance(error, InputProblems) else [str(error)]:
-                self.problems.append(located(node, problem))
+                self.problems.append(located(configured(node, graph), problem))
             return None
         ports = list(node.stage.outputs())
         expected = {ports[0]: inferred} if len(ports) == 1 else {port: getattr(inferred, port) for port in ports}
@@ -250,7 +252,7 @@ class _Evaluation:
             memory=memory,
             status=status,
             reason=reason,
-            notes=(*inserted, *node.stage.explain(**specs)),
+            notes=(*inserted, *left_dense(node, graph), *node.stage.explain(**specs)),
             work=work,
             seconds=lasts,
             dollars=dollars(lasts, machine),

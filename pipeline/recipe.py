@@ -26,7 +26,9 @@ ASSETS = "assets:"
 NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # it names folders and stands in references
 SOURCES = ("model", "models", "data")  # what references may name besides stages
 HUB_FIELDS = ("config", "split", "revision", "column")  # of a split
-RECIPE_KEYS = ("order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", "probe", "gates", "data_check")
+RECIPE_KEYS = (
+    "order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", "requantize", "probe", "gates", "data_check",
+)  # fmt: skip
 PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
 
 
@@ -118,6 +120,7 @@ class Recipe:
     models: Mapping[str, ModelSource] = field(default_factory=dict)  # others that stages name as inputs, such as a larger teacher
     compute: Target | None = None  # the machine that runs the stages, where it is not the target
     quality: Quality = field(default_factory=Quality)
+    requantize: bool = False  # where the order quantizes and its result is dense nevertheless
 
     @property
     def machine(self) -> Target:
@@ -148,6 +151,7 @@ class Settings(Frozen):
     outputs: str = "outputs"
     export_to: str | None = None
     fit: Literal["refuse", "warn"] = "refuse"
+    objectives: tuple[str, ...] | None = Field(default=None, min_length=1)  # metrics that a job returns to Hydra; None: all, by name
     tracking: TrackingSettings = TrackingSettings()
 
 
@@ -204,10 +208,13 @@ def read_config(config: Mapping[str, Any], name: str) -> tuple[Recipe, Settings]
     convert = config.get("convert", "auto")
     if convert not in ("auto", "never"):
         problems.append(f"convert: {convert!r} is not a choice; write auto or never")
+    requantize = config.get("requantize", False)
+    if not isinstance(requantize, bool):
+        problems.append(f"requantize: {requantize!r} is not a choice; write true or false")
     if problems:
         raise RecipeError(problems)
     assert model and data and settings and target
-    return Recipe(name, order, stages, model, data, target, serve, convert, models, compute, quality), settings
+    return Recipe(name, order, stages, model, data, target, serve, convert, models, compute, quality, requantize), settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:

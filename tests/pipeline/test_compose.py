@@ -47,6 +47,11 @@ def test_the_flag_of_a_sweep_may_stand_anywhere() -> None:
     assert compose.take_recipe_files(["recipe=quickstart", "-m", "convert=auto,never"]) == ["-m", "recipe=quickstart", "convert=auto,never"]
 
 
+def test_the_sweeper_over_orders_needs_no_flag() -> None:
+    assert compose.take_recipe_files(["recipe=quickstart", "hydra/sweeper=orders"]) == ["-m", "recipe=quickstart", "hydra/sweeper=orders"]
+    assert "-m" not in compose.take_recipe_files(["recipe=quickstart", "hydra/sweeper=orders", "--info"])
+
+
 def test_a_recipe_is_listed_with_its_first_sentence_whole() -> None:
     listed = compose.recipe_list()
     for file in compose.recipe_files():
