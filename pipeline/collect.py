@@ -11,17 +11,15 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from pipeline.errors import StoreError
 from pipeline.store import MARKER, SHORT, Store
 
 ARTIFACT = re.compile(r"\w+-([0-9a-f]{12})")
-SCRATCH = re.compile(r"[0-9a-f]{12}")
+SCRATCH = re.compile(r"([0-9a-f]{12})(-[0-9a-f]{8})?")
 
 
 @dataclass(frozen=True)
@@ -34,35 +32,30 @@ class Collected:
 @contextmanager
 def using(store: Store) -> Iterator[None]:
     """Held by a run from before it plans until it ends: nothing is collected meanwhile, and it waits for a collection to end."""
-    locks = store.root / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    mine = FileLock(locks / f"run-{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}.lock")  # a folder may be shared
-    with FileLock(locks / "gc.lock"):
-        mine.acquire()
-    try:
+    mine = f"run-{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # a folder may be shared
+    with ExitStack() as held:
+        with store.claims.hold("gc"):
+            held.enter_context(store.claims.announce(mine))
         yield
-    finally:
-        mine.release()
-        Path(mine.lock_file).unlink(missing_ok=True)
 
 
 def collect(store: Store) -> Collected:
     """Remove unpinned artifacts and abandoned scratch folders. StoreError where that could take something that is used."""
     if not (store.root / MARKER).is_file():
         raise StoreError(f"{store.root} is not an outputs folder of llmpress; name the right one with `outputs=...`")
-    with FileLock(store.root / "locks" / "gc.lock"):
-        _check_no_run(store.root / "locks")
+    with store.claims.hold("gc"):
+        _check_no_run(store)
         pinned = pinned_keys(store.root)
         artifacts = _folders(store.root / "store", ARTIFACT)
         unused = [folder for folder in artifacts if folder.name.rpartition("-")[2] not in pinned]
-        abandoned = [folder for folder in _folders(store.root / "scratch", SCRATCH) if folder.name not in pinned]
+        abandoned = [folder for folder in _folders(store.root / "scratch", SCRATCH) if folder.name[:SHORT] not in pinned]
         removed = (*unused, *abandoned)  # scratch that some run's plan names may be resumed
         nbytes = 0
         for folder in removed:
             nbytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.stat().st_nlink == 1)
             shutil.rmtree(folder)
         for record in (store.root / "scratch").glob("*.json"):  # of attempts whose files are published or gone
-            if SCRATCH.fullmatch(record.stem) and not record.with_suffix("").exists():
+            if SCRATCH.fullmatch(record.stem) and not any(folder.is_dir() for folder in record.parent.glob(f"{record.stem}*")):
                 record.unlink()
     return Collected(removed, nbytes, len(artifacts) - len(unused))
 
@@ -87,11 +80,7 @@ def _folders(parent: Path, name: re.Pattern[str]) -> list[Path]:
     return [folder for folder in sorted(parent.glob("*")) if name.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()]
 
 
-def _check_no_run(locks: Path) -> None:
-    for file in sorted(locks.glob("run-*.lock")):
-        try:
-            with FileLock(file, timeout=0):
-                pass
-        except Timeout:
-            host, number = file.stem.removeprefix("run-").rsplit("-", 2)[:2]
-            raise StoreError(f"process {number} of {host} is running a recipe in {locks.parent}; run mode=gc when it has ended") from None
+def _check_no_run(store: Store) -> None:
+    for name in store.claims.held("run-*"):
+        host, number = name.removeprefix("run-").rsplit("-", 2)[:2]
+        raise StoreError(f"process {number} of {host} is running a recipe in {store.root}; run mode=gc when it has ended")

@@ -14,17 +14,19 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from pipeline import orders_sweeper
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
 from pipeline.recipe import check_document
 from pipeline.stage import find_stage, stage_names
+from pipeline.sweep import orders_sweeper
 
 YAML_FILE = re.compile(r"\.ya?ml$")
 ADDED = {  # mappings that take entries of any name, and what to write for a new one
@@ -33,8 +35,12 @@ ADDED = {  # mappings that take entries of any name, and what to write for a new
     r"model\.architecture\.(\w+)": r"+model.architecture.\1=...",
     r"stages\.(\w+)\.inputs\.(\w+)": r"+stages.\1.inputs.\2=...",
 }
+EXTRAS = {  # what brings a launcher that Hydra does not have by itself
+    "joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "ray_aws": "ray",
+}  # fmt: skip
 ORDERS = "hydra/sweeper=orders"
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
+_files: dict[str, str] = {}  # recipes given as files: what was written, by the name that they are registered under
 
 
 @cache
@@ -94,6 +100,22 @@ def take_recipe_files(arguments: list[str]) -> list[str]:
     return taken
 
 
+def composed(overrides: list[str]) -> DictConfig:
+    """The config of one run without Hydra's own flags and settings. `hydra.main` would compose it twice, first to look for a sweep."""
+    with hydra.initialize_config_dir(str(resources() / "conf"), job_name="run", version_base="1.3"):
+        config = hydra.compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def as_written(override: str) -> str:
+    """`recipe=path/my_recipe.yaml` of the name that `take_recipe_files` put in its place."""
+    key, _, name = override.partition("=")
+    return f"{key}={_files[name]}" if name in _files else override
+
+
 def display_name(name: str) -> str:
     """`my_recipe` for a recipe that was given as `path/my_recipe.yaml`."""
     return FILE_DIGEST.sub("", name)
@@ -106,6 +128,8 @@ def explain(error: Exception) -> RecipeError:
         group, _, wanted = (error.missing_cfg_file or "").rpartition("/")
         if group.startswith("recipe/"):
             return RecipeError(f"recipe: there is no '{group.removeprefix('recipe/')}/{wanted}'; the name of a recipe's file ends in .yaml")
+        if group == "hydra/launcher" and wanted in EXTRAS:
+            return RecipeError(f"hydra/launcher: {wanted} is not installed; to have it, pip install 'llmpress[{EXTRAS[wanted]}]'")
         return RecipeError(f"{group or 'config'}: there is no '{wanted}'{did_you_mean(wanted, error.options or [])}")
     if isinstance(error, OverrideParseException):
         named = f"write recipe={error.override}" if error.override in [file.stem for file in recipe_files()] else ""
@@ -146,6 +170,7 @@ def _take(value: str) -> str:
         raise RecipeError(f"recipe: {value} does not exist{did_you_mean(value, [f.stem for f in recipe_files()])}")
     name = re.sub(r"\W", "_", file.stem, flags=re.ASCII) + "-" + hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     _store_recipe(file, name)
+    _files[name] = value
     return name
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 
-from pipeline.tracking import RESULTS_VIEW, SQLITE, place_of
+from pipeline.tracking_uri import RESULTS_VIEW, SQLITE, place_of
 
 MAX_PARAMS, MAX_METRICS, MAX_TAGS, MAX_VALUE = 100, 1000, 100, 6000  # of one batch; characters of a parameter
 
@@ -31,7 +31,7 @@ class Destination:
         # MLflow's migration of a new sqlite file is not safe for two processes at once and leaves the file broken for good.
         with self.lock:
             self.client = MlflowClient(tracking_uri=uri)
-            self.pipelines = self._experiment(experiment, artifacts, KIND | results_view())
+            self.pipelines = self._experiment(experiment, artifacts, KIND | shared_view(RESULTS_VIEW))
             self.stages = self._experiment(f"{experiment}-stages", artifacts, KIND)
 
     def _experiment(self, name: str, artifacts: Path | None, tags: dict[str, str]) -> str:
@@ -66,6 +66,14 @@ class Destination:
         info = self.client.get_run(run).info
         self.client.set_terminated(run, "FINISHED", max(milliseconds(time), info.start_time, info.end_time or 0))
 
+    def show_sweep(self, run: str, view: str) -> None:
+        """A shared view of its pipelines alone, the best perplexity first."""
+        columns = [f"metrics.`{name}`" for name in ("nbytes", "perplexity", "perplexity_change_pct", "kl_divergence")] + ["params.`order`"]
+        children = f"tags.`mlflow.parentRunId` = '{run}'"
+        state = shared_view(view, searchFilter=children, orderByKey="metrics.`perplexity`", orderByAsc=True, selectedColumns=columns)
+        for key, value in state.items():
+            self.client.set_experiment_tag(self.pipelines, key, value)
+
     def log_metrics(self, run: str, metrics: Mapping[str, float], time: float) -> None:
         self.log_points(run, points(metrics, time, step=0))
 
@@ -94,13 +102,13 @@ def lock_file(uri: str) -> str:
     return str(Path(tempfile.gettempdir()) / f"llmpress-{os.getuid()}-{place_of(uri, '')['uri_digest'][:16]}.lock")
 
 
-def results_view() -> dict[str, str]:
+def shared_view(name: str, **chosen: Any) -> dict[str, str]:
     """A shared view of the runs table, as its "Share" button stores it: by default the table shows no metrics at all."""
     columns = ["attributes.`Duration`", *(f"metrics.`{name}`" for name in COLUMNS), "params.`order`"]
     state = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": columns, "runsExpanded": {}}
-    state |= {"searchFilter": "", "runsPinned": [], "runsHidden": [], "viewMaximized": True, "runListHidden": False}
+    state |= {"searchFilter": "", "runsPinned": [], "runsHidden": [], "viewMaximized": True, "runListHidden": False, **chosen}
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    return {f"mlflow.sharedViewState.{RESULTS_VIEW}": f"deflate;{packed}"}
+    return {f"mlflow.sharedViewState.{name}": f"deflate;{packed}"}
 
 
 def quoted(value: str) -> str:

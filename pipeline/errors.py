@@ -5,13 +5,26 @@ together are raised together: `RecipeError` and `PlanError` carry a list of them
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class LlmpressError(Exception):
     """Base of everything a user may see; never shown with a traceback."""
 
     exit_code = 1
+    told = False  # whether it has been printed
+
+    def __reduce__(self) -> tuple[Callable[..., "LlmpressError"], tuple[Any, ...]]:
+        """Errors come back from other processes: pickle would call the constructor with the message alone."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[LlmpressError], arguments: tuple[Any, ...], content: dict[str, Any]) -> LlmpressError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(content)
+    return error
 
 
 class RecipeError(LlmpressError):
@@ -68,6 +81,12 @@ class Interrupted(LlmpressError):
     """Ctrl-C or SIGTERM: what had been published stays, the running stage is stopped."""
 
     exit_code = 130
+
+
+def sentences(error: LlmpressError) -> str:
+    """What is printed of it: a line for each problem."""
+    problems = error.problems if isinstance(error, RecipeError) else [str(error)]
+    return "\n".join(f"error: {problem}" for problem in problems)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

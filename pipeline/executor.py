@@ -178,6 +178,8 @@ class _Run:
                 held.enter_context(self.store.lock(node.key, timeout=0))
             except TimeoutError:
                 self.announce("waiting", node.name, key=node.key)
+                if self.server and len(self.plan.to_run) > 1:
+                    self.server.start()  # what follows will need it: its imports take seconds
                 held.enter_context(self.store.lock(node.key))
             manifest = self._find(node)
             if manifest is not None:

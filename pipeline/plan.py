@@ -10,14 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import (
-    Artifact,
-    Checkpoint,
-    Dataset,
-    DenseCheckpoint,
-    Manifest,
-    Spec,
-)
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec
 from pipeline.errors import InputProblems, PlanError, RecipeError
 from pipeline.evidence import build
 from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, worked_on
@@ -187,7 +180,11 @@ def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:
         if name in recipe.order
     }
     read = {str(ref): artifact.key for ref, artifact in sources.items()}
-    asked = {"requantize": True} if recipe.requantize else {}  # a default stays out, as of a stage's parameters
+    asked: dict[str, Any] = {"requantize": True} if recipe.requantize else {}  # a default stays out, as of a stage's parameters
+    if recipe.quality.gates:
+        asked["gates"] = [[gate.after, non_default(gate.stage.params)] for gate in recipe.quality.gates]
+    if probe := recipe.quality.probe:
+        asked["probe"] = [probe.after, non_default(probe.stage.params)]
     return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, "sources": read} | asked)
 
 

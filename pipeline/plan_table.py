@@ -124,17 +124,17 @@ def _row(node: PlannedNode, machine: Target) -> _Row:
     short = node.shortage.place if node.shortage else ""
     peaks = [f"[bold red]{peak}[/bold red]" if place == short else peak for place, peak in zip(("ram", "vram", "disk"), peaks, strict=True)]
     ram, vram, disk = peaks
-    return _Row(node.name, *sizes, ram, vram, disk, _time(node.seconds), _dollars(node.dollars), STATUS[node.status])
+    return _Row(node.name, *sizes, ram, vram, disk, estimate(node.seconds), _dollars(node.dollars), STATUS[node.status])
 
 
 def _totals(plan: Plan) -> _Row:
     """Of what is to run; its disk is what is taken at the fullest."""
     disk = format_size(plan.disk) if plan.disk else ""
-    return _Row("all to run" if plan.to_run else "", disk=disk, time=_time(plan.seconds), cost=_dollars(plan.dollars))
+    return _Row("all to run" if plan.to_run else "", disk=disk, time=estimate(plan.seconds), cost=_dollars(plan.dollars))
 
 
-def _time(seconds: float | None) -> str:
-    """An estimate, so in one or two figures: `40 s`, `12 min`, `3.2 h`."""
+def estimate(seconds: float | None) -> str:
+    """A time in one or two figures: `40 s`, `12 min`, `3.2 h`."""
     if seconds is None:
         return ""
     if seconds < 60:

@@ -58,10 +58,14 @@ class Row:
 
 
 class Display:
-    """Shows a run while it goes on. `console` is standard error unless given."""
+    """Shows a run while it goes on. `console` is standard error unless given.
 
-    def __init__(self, console: Console | None = None) -> None:
+    With a `label` other runs print at the same time: plain lines, each begun by it.
+    """
+
+    def __init__(self, console: Console | None = None, label: str = "") -> None:
         self.console = console or Console(stderr=True)
+        self.label = f"{label} " if label else ""
         self.rows: dict[str, Row] = {}
         self.started = time.time()
         self._live: Live | None = None
@@ -80,7 +84,7 @@ class Display:
     def _start(self, event: Mapping[str, Any]) -> None:
         self.started = event["time"]
         self.rows = {node["node"]: Row() for node in event["nodes"]}
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal and not self.label:
             # Standard output is left alone: what is printed there may be on its way to another program.
             live = Live(get_renderable=self.render, console=self.console, refresh_per_second=REFRESHES, redirect_stdout=False)
             live.start()
@@ -131,7 +135,7 @@ class Display:
     def _say(self, subject: str, text: str, now: float) -> None:
         """A line of its own, above the live display where there is one."""
         stamp = "" if self._live else f"[{format_seconds(now - self.started):>7}] "
-        self.console.print(Text(f"{stamp}{subject}: {text}"), soft_wrap=self._live is None)
+        self.console.print(Text(f"{self.label}{stamp}{subject}: {text}"), soft_wrap=self._live is None)
 
     def render(self) -> RenderableType:
         now = time.time()

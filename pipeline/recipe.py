@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import DataFormat
+from pipeline.claim import LockKind
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
 from pipeline.quality import Quality, read_quality
@@ -149,6 +150,7 @@ class Settings(Frozen):
     mode: Literal["run", "plan", "gc"] = "run"
     format: Literal["table", "json"] = "table"
     outputs: str = "outputs"
+    lock: LockKind = "auto"  # how runs that share the outputs folder keep out of each other's way; see pipeline/claim.py
     export_to: str | None = None
     fit: Literal["refuse", "warn"] = "refuse"
     objectives: tuple[str, ...] | None = Field(default=None, min_length=1)  # metrics that a job returns to Hydra; None: all, by name

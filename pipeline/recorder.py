@@ -24,8 +24,8 @@ from mlflow.entities import Metric
 
 from pipeline.artifact import MANIFEST
 from pipeline.destination import Destination, legal, milliseconds, parameter, points
-from pipeline.spool import FOLDER, Recorded, follow, spools
-from pipeline.tracking import place_of
+from pipeline.spool import FOLDER, Recorded, SweepEntry, follow, spools
+from pipeline.tracking_uri import place_of
 
 DOCUMENTS = ("*.yaml", "*.json", "report.html", "report.md")  # of the run's folder: composed recipe, plan.json, report.json
 STATUS = {"complete": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by verdict
@@ -203,6 +203,20 @@ def record_spool(to: Destination, spool: Path) -> None:
     spool.unlink()
 
 
+def record_sweep(to: Destination, folder: Path) -> None:
+    """The parent run of a sweep: its ranking as the run's description, its report as artifacts."""
+    content = SweepEntry.read(folder)
+    run = to.open_sweep(str(folder), content.time)
+    to.client.update_run(run, name=content.name)
+    to.log_metrics(run, content.metrics, content.time)
+    to.log_tags(run, {"llmpress.recipe": content.recipe, "llmpress.command": content.command, "mlflow.note.content": content.note})
+    for name in content.artifacts:
+        to.client.log_artifact(run, str(folder / name))
+    to.show_sweep(run, content.view)
+    to.client.set_terminated(run, "FINISHED" if content.exit_code == 0 else "FAILED", milliseconds(content.time))
+    Recorded(experiment_id=to.pipelines, run_id=run, state=content.state).write(folder)
+
+
 def environment() -> dict[str, Any]:
     packages = {package.metadata["Name"]: package.version for package in distributions()}
     return {"python": sys.version, "platform": platform.platform(), "packages": dict(sorted(packages.items()))}
@@ -212,14 +226,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the spools of run folders to MLflow at $MLFLOW_TRACKING_URI.")
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--artifacts", type=Path, help="where artifacts go; the server's own choice without it")
-    parser.add_argument("run_dirs", type=Path, nargs="+")
+    parser.add_argument("--sweep", type=Path, help="the folder of a sweep whose report is to be recorded, instead of runs")
+    parser.add_argument("run_dirs", type=Path, nargs="*")
     options = parser.parse_args(arguments)
     uri = os.environ["MLFLOW_TRACKING_URI"]
     destination, here = Destination(uri, options.experiment, options.artifacts), place_of(uri, options.experiment)
-    own, *others = options.run_dirs
-    record(destination, own, here, wait=True)
-    for run_dir in others:
-        record(destination, run_dir, here, wait=False)
+    if options.sweep:
+        record_sweep(destination, options.sweep)
+    for number, run_dir in enumerate(options.run_dirs):
+        record(destination, run_dir, here, wait=number == 0)  # the first is that of the run that asks
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ each other one. Nothing here opens a display. Importing this module takes 0.4 CP
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -38,11 +39,16 @@ TWO_SIDED_95 = 1.96  # standard errors
 
 def draw(report: Report) -> tuple[dict[str, str], list[str]]:
     """SVG by name, of what the report has something for; and of each plot that failed, the reason."""
+    return draw_all({name: partial(plot, report) for name, plot in PLOTS.items()})
+
+
+def draw_all(plots: Mapping[str, Callable[[], Figure | None]]) -> tuple[dict[str, str], list[str]]:
+    """As `draw`, of any plots: None is nothing to show."""
     drawn, problems = {}, []
-    for name, plot in PLOTS.items():
+    for name, plot in plots.items():
         try:
             with matplotlib.rc_context(STYLE):
-                figure = plot(report)
+                figure = plot()
                 if figure is not None:
                     drawn[name] = inline(figure, name)
         except (ValueError, RuntimeError, ArithmeticError, OSError) as error:  # what matplotlib raises of data, layout and fonts

@@ -151,15 +151,15 @@ def closing_lines(report: Report, mlflow: str, page: Path | None = None) -> list
     lines += [f"gate     {gate.node}: {gate.says.removeprefix('gate ')}" for gate in report.gates]
     lines += [f"verdict  {': '.join(verdict(report))}"] if report.decision else []
     lines += [f"warning  {text}" for text in report.warnings]
-    adapters = [f"adapter  {_shown(stage.outputs['adapter'])}" for stage in report.stages if "adapter" in stage.outputs]
+    adapters = [f"adapter  {shown(stage.outputs['adapter'])}" for stage in report.stages if "adapter" in stage.outputs]
     lines += ["", *adapters] if adapters or report.final else []
     if report.final and not report.final.is_source:
-        where = _shown(report.final.path)
+        where = shown(report.final.path)
         lines.append(f"model    {where}")
         lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
         vllm = next((line for line in report.serving if line.engine == "vllm"), None)
         lines += [f"serve    {vllm.command.format(model=where)}{f'   ({vllm.note})' if vllm.note else ''}"] if vllm else []
-    lines += [f"report   {_shown(str(page))}"] if page else []
+    lines += [f"report   {shown(str(page))}"] if page else []
     lines += [f"{label:<8} {text}" for label, text in zip(("mlflow", ""), mlflow.splitlines(), strict=False)]
     return lines
 
@@ -184,10 +184,10 @@ def markdown(report: Report) -> str:
     lines += [*(f"- {gate.node}: {gate.says}" for gate in report.gates), ""] if report.gates else []
     lines += [summary(report), ""] if report.verdict == "complete" else [f"{report.verdict}: {report.error}", ""]
     columns, rows = table_of(report)
-    lines += [*_markdown_table(columns, rows), ""]
+    lines += [*markdown_table(columns, rows), ""]
     lines += [*(f"- {sentence}" for sentence in task_sentences(report)), ""] if report.tasks else []
     lines += ["Planned and measured (RAM: above what was loaded before the stage began; a hit: when it was computed)", ""]
-    lines += [*_markdown_table(COMPARED, comparison_rows(report)), ""]
+    lines += [*markdown_table(COMPARED, comparison_rows(report)), ""]
     said = [f"- warning: {text}" for text in report.warnings] + [f"- {name}: {note}" for note, name in notes(report).items()]
     return "\n".join(lines + said).rstrip()
 
@@ -206,12 +206,12 @@ def notes(report: Report) -> dict[str, str]:
     return found
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """Relative to the working folder where that is shorter to read and still below it."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

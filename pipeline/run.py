@@ -29,17 +29,20 @@ from pipeline.report_table import print_report
 from pipeline.run_record import RunRecord
 from pipeline.serving import write_serving
 from pipeline.store import SHORT, Store, check_writable, explain_os_error, write_whole
+from pipeline.sweep.record import RunningJob
 from pipeline.target import format_size, free_disk, has_gpu
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, short_name
 
 
-def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: Path, server: ForkServer, sweep: str) -> dict[str, float]:
+def run_pipeline(
+    recipe: Recipe, settings: Settings, composed: str, resources: Path, server: ForkServer, job: RunningJob | None = None
+) -> dict[str, float]:
     """Do what `mode` says; returns the headline metrics (none for a plan).
 
-    `composed` is the config as YAML; `server` starts the workers of every job of this process; `sweep` names the sweep it belongs to.
+    `composed` is the config as YAML; `server` starts the workers of every job of this process; `job` is the sweep's that this is, if any.
     """
     root = outputs_folder(settings)
-    store = Store(root)
+    store = Store(root, settings.lock)
     if settings.mode == "run":
         recipe = replace(recipe, compute=recipe.machine.here())
     plan = make_plan(recipe, store, resources, execute=False)  # what is wrong is found before a long digest or download, or any writing
@@ -60,7 +63,7 @@ def run_pipeline(recipe: Recipe, settings: Settings, composed: str, resources: P
         with using(store):
             plan = make_plan(recipe, store, resources, execute=True)
             _check_here(plan, store, settings)
-            return _execute(plan, settings, store, composed, server, sweep)
+            return _execute(plan, settings, store, composed, server, job)
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
 
@@ -105,7 +108,7 @@ def collect_unused(settings: Settings) -> dict[str, float]:
     """`mode=gc`: say what was removed."""
     root = outputs_folder(settings)
     try:
-        collected = collect(Store(root))
+        collected = collect(Store(root, settings.lock))
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
     for folder in collected.removed:
@@ -114,14 +117,16 @@ def collect_unused(settings: Settings) -> dict[str, float]:
     return {}
 
 
-def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server: ForkServer, sweep: str) -> dict[str, float]:
+def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server: ForkServer, job: RunningJob | None) -> dict[str, float]:
     run_dir = store.root / "runs" / plan.recipe.name / plan.digest[:SHORT]
     run_dir.mkdir(parents=True, exist_ok=True)
+    if job:
+        job.planned(plan.digest, short_name(plan), run_dir)
     write_whole(run_dir / "recipe.yaml", composed)
     write_whole(run_dir / "plan.json", json.dumps(plan_json(plan), indent=1) + "\n")
     record = RunRecord(run_dir)
-    tracker = Tracker(plan, settings.tracking, store.root, run_dir, sweep) if settings.tracking.enabled else None
-    listeners: list[Listener] = [record, Display(), *([tracker] if tracker else [])]
+    tracker = Tracker(plan, settings.tracking, store.root, run_dir, str(job.folder) if job else "") if settings.tracking.enabled else None
+    listeners: list[Listener] = [record, Display(label=job.label if job else ""), *([tracker] if tracker else [])]
     error: LlmpressError | None = None
     results: list[NodeResult] = []
     try:

@@ -45,6 +45,29 @@ class Recorded(Frozen):
             return None
 
 
+class SweepEntry(Frozen):
+    """What is to be recorded of a sweep: `<sweep folder>/tracking/sweep.json`."""
+
+    name: str  # of its run
+    recipe: str
+    command: str
+    time: float
+    exit_code: int
+    metrics: dict[str, float]
+    note: str  # the ranking, in markdown
+    artifacts: tuple[str, ...]  # files of the folder
+    view: str  # name of the shared view of its pipelines
+    state: str
+
+    def write(self, folder: Path) -> None:
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / FOLDER / "sweep.json").write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "SweepEntry":
+        return cls.model_validate_json((folder / FOLDER / "sweep.json").read_bytes())
+
+
 class Spool:
     """The writing end. OSError where the run's folder cannot be written."""
 

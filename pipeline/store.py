@@ -1,9 +1,10 @@
 """The content-addressed store: `outputs/store/<stage>-<key12>/`, published whole or not at all.
 
-    lock on the key -> scratch/<key12> (kept for resuming) -> fsync -> artifact.json last -> one rename into store/
+    claim on the key -> scratch/<key12> (kept for resuming) -> fsync -> artifact.json last -> one rename into store/
 
 A folder without a valid `artifact.json` of the full key does not exist. Publishing is idempotent: the first rename wins and
-a loser discards its copy. Failures are never stored. `scratch/` and `store/` are on one file system, under one root.
+a loser discards its copy. Failures are never stored. `scratch/` and `store/` are on one file system, under one root. Under a lease
+(pipeline/claim.py) the scratch folder bears the holder's token, so that two holders, should there ever be two, do not meet in it.
 """
 
 import errno
@@ -15,22 +16,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from pipeline.artifact import MANIFEST, FileRecord, Manifest, sha256_file
+from pipeline.claim import FOREVER, LEASE, Claim, Claims, LockKind
 from pipeline.errors import StoreError
 from pipeline.identity import content_digest
 
 SHORT = 12
+TOKEN = 8  # characters of a holder's token in the name of its scratch folder
 MARKER = ".llmpress"  # in the outputs folder, so that nothing is ever collected from another
 
 
 class Store:
     """Artifacts under `root` (the outputs folder), found by stage name and key."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lock: LockKind = "auto") -> None:
         self.root = root
+        self.claims = Claims(root / "locks", lock)
+        self._held: dict[str, Claim] = {}  # by key
 
     def path(self, stage: str, key: str) -> Path:
         return self.root / "store" / f"{stage}-{key[:SHORT]}"
@@ -67,28 +71,52 @@ class Store:
 
     def scratch(self, key: str) -> Path:
         """Where the stage of that key works; what an interrupted attempt left is still there."""
-        folder = self.root / "scratch" / key[:SHORT]
+        folder = self._scratch(key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _scratch(self, key: str) -> Path:
+        claim = self._held.get(key)
+        return self.root / "scratch" / (f"{key[:SHORT]}-{claim.token[:TOKEN]}" if claim and claim.token else key[:SHORT])
 
     def attempt(self, key: str) -> Path:
         """What is recorded of the scratch folder (pipeline/attempt.py)."""
         return self.root / "scratch" / f"{key[:SHORT]}.json"
 
     def discard(self, key: str) -> None:
-        shutil.rmtree(self.root / "scratch" / key[:SHORT], ignore_errors=True)
+        shutil.rmtree(self._scratch(key), ignore_errors=True)
         self.attempt(key).unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, key: str, timeout: float = -1) -> Iterator[None]:
-        """One execution of a key at a time. The operating system frees the lock of a killed holder. TimeoutError after `timeout` s."""
-        locks = self.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(locks / f"{key[:SHORT]}.lock", timeout=timeout):
+    def lock(self, key: str, timeout: float = FOREVER) -> Iterator[None]:
+        """One execution of a key at a time; a killed holder's claim is taken over. TimeoutError after `timeout` seconds.
+
+        StoreError where what is done inside fails because the claim was taken over meanwhile.
+        """
+        with self.claims.hold(key[:SHORT], timeout) as claim:
+            self._held[key] = claim
+            try:
+                self._inherit(key)
                 yield
-        except Timeout:
-            raise TimeoutError(f"another run holds {key[:SHORT]}") from None
+            except Exception as error:
+                if claim.lost():
+                    raise StoreError(
+                        f"{key[:SHORT]}: another run took it over, because this one gave no sign of life for {LEASE:.0f} s; the same "
+                        "command takes what that one publishes"
+                    ) from error
+                raise
+            finally:
+                del self._held[key]
+
+    def _inherit(self, key: str) -> None:
+        """What earlier holders of the key left becomes this one's, the newest for resuming; whoever still writes there finds it gone."""
+        mine = self._scratch(key)
+        left = [folder for folder in self.root.glob(f"scratch/{key[:SHORT]}*") if folder.is_dir() and folder != mine]
+        for folder in sorted(left, key=lambda folder: folder.stat().st_mtime, reverse=True):
+            if mine.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.rename(mine)
 
     def publish(self, scratch: Path, manifest: Manifest) -> Path:
         """Move a finished scratch folder to its place. The caller holds the lock; a crash at any point leaves nothing or all."""

@@ -7,12 +7,10 @@ Where every stage was a hit and MLflow has this very pipeline already, nothing i
 """
 
 import os
-import re
-import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,15 +23,13 @@ from pipeline.report import Report, artifact_bytes, model_facts
 from pipeline.report_table import markdown
 from pipeline.spec import ModelSpec
 from pipeline.spool import FOLDER, Recorded, Spool, is_live, spools
+from pipeline.tracking_uri import chosen_uri, default_uri, is_recorded, place_of, where, without_password
 
 REASON_WIDTH = 160  # characters of an error that are shown
 PATIENCE = 20.0  # seconds that a finished run waits for its recorder
-SQLITE = "sqlite:///"
-RESULTS_VIEW = "results"  # the table of runs with the headline metrics as columns
 PATIENCE_AFTER_INTERRUPT = 2.0  # Ctrl-C means now; the recorder goes on by itself
 HEAVY_EVENTS = ("node_started", "node_finished", "node_failed", "curve")  # something ran, so there is something to record
 IGNORED_EVENTS = ("progress",)
-MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 RECORDER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -50,8 +46,8 @@ class Tracker:
 
     def __init__(self, plan: Plan, settings: TrackingSettings, outputs: Path, run_dir: Path, sweep: str = "") -> None:
         self.plan, self.settings, self.outputs, self.run_dir = plan, settings, outputs, run_dir
-        self.chosen = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's own variable, as its users expect
-        self.uri = self.chosen or f"{SQLITE}{(outputs / 'mlflow.db').resolve()}"
+        self.chosen = chosen_uri(settings)
+        self.uri = self.chosen or default_uri(outputs)
         self.place = place_of(self.uri, settings.experiment)
         self.sweep = sweep
         self.log = run_dir / FOLDER / "recorder.log"
@@ -112,13 +108,7 @@ class Tracker:
         return f"not recorded, to be tried again by the next run: {last_words(self.log)} (log {self.log})"
 
     def _where(self, remark: str = "") -> str:
-        """The command, and the address of the table: MLflow's own way in leads to traces of its GenAI product."""
-        view, recorded = view_command(self.chosen, self.outputs), Recorded.read(self.run_dir)
-        if recorded is None:
-            return view + remark
-        server = view if view.startswith("http") else MLFLOW_UI
-        table = f"{server}/#/experiments/{recorded.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={RESULTS_VIEW}"
-        return f"{view}{remark}\n{table}"
+        return where(self.chosen, self.outputs, Recorded.read(self.run_dir), remark)
 
     def _start(self) -> None:
         self._spool = Spool(self.run_dir, header(self.plan, self.run_dir, self.place, self.sweep))
@@ -142,18 +132,22 @@ class Tracker:
         return [folder for folder in folders if spools(folder, self.place) and not any(is_live(spool) for spool in spools(folder))]
 
     def _launch(self, run_dirs: list[Path]) -> "subprocess.Popen[bytes]":
-        """A session of its own keeps the terminal's Ctrl-C away; -P keeps the working folder's modules out."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-P", "-m", "pipeline.recorder", "--experiment", self.settings.experiment]
-        if not self.uri.startswith("http"):  # a server has its own place; without one MLflow would make ./mlruns
-            command += ["--artifacts", str((self.outputs / "mlartifacts").resolve())]
-        with open(self.log, "wb") as log:
-            return _popen([*command, *map(str, run_dirs)], self.uri, log)
+        return start_recorder(self.uri, self.settings.experiment, self.outputs, self.log, list(map(str, run_dirs)))
 
     def _state(self, report: Report) -> str:
         """Digest of what MLflow would hold of this run when every stage is a hit, and of where."""
         keys = {stage.name: stage.key for stage in report.stages}
         return digest("tracking", {"digest": report.digest, "keys": keys, "place": self.place, "sweep": self.sweep})
+
+
+def start_recorder(uri: str, experiment: str, outputs: Path, log: Path, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """A session of its own keeps the terminal's Ctrl-C away; -P keeps the working folder's modules out. What it prints goes to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "pipeline.recorder", "--experiment", experiment]
+    if not uri.startswith("http"):  # a server has its own place; without one MLflow would make ./mlruns
+        command += ["--artifacts", str((outputs / "mlartifacts").resolve())]
+    with open(log, "wb") as stream:
+        return _popen([*command, *arguments], uri, stream)
 
 
 def _popen(command: list[str], uri: str, log: IO[bytes]) -> "subprocess.Popen[bytes]":
@@ -165,13 +159,6 @@ def _popen(command: list[str], uri: str, log: IO[bytes]) -> "subprocess.Popen[by
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
-
-
-def place_of(uri: str, experiment: str) -> dict[str, str]:
-    """Where a spool is to be recorded, without a secret: a changed password is the same place, another working folder is not."""
-    if uri.startswith(SQLITE):
-        uri = SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
-    return {"experiment": experiment, "uri_digest": digest("uri", {"uri": without_password(uri)})}
 
 
 def header(plan: Plan, run_dir: Path, place: Mapping[str, str], sweep: str) -> dict[str, Any]:
@@ -249,40 +236,6 @@ def measurements(manifest: Manifest) -> dict[str, float]:
     }
     measured = {f"measured_{name}": float(value) for name, value in found.items() if value is not None}
     return size | {"seconds": manifest.seconds} | measured | manifest.metrics
-
-
-def is_recorded(run_dir: Path, uri: str, state: str) -> bool:
-    """Whether MLflow holds this very run; a sqlite file is asked, a server is trusted."""
-    recorded = Recorded.read(run_dir)
-    if recorded is None or recorded.state != state:
-        return False
-    if not uri.startswith(SQLITE):
-        return True
-    query = "SELECT 1 FROM runs WHERE run_uuid = ? AND lifecycle_stage = 'active' AND status = 'FINISHED'"
-    try:
-        connection = sqlite3.connect(f"file:{uri.removeprefix(SQLITE)}?mode=ro", uri=True, timeout=1)
-    except sqlite3.Error:  # no such file any more
-        return False
-    try:
-        return connection.execute(query, (recorded.run_id,)).fetchone() is not None
-    except sqlite3.Error:  # not a database of MLflow: the recorder will say so
-        return False
-    finally:
-        connection.close()
-
-
-def view_command(uri: str | None, outputs: Path) -> str:
-    """What a person types, or opens, to see the runs."""
-    if uri is None:
-        here = Path.cwd()
-        uri = SQLITE + str((outputs.relative_to(here) if outputs.is_relative_to(here) else outputs) / "mlflow.db")
-    uri = without_password(uri)
-    return uri.rstrip("/") if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-
-
-def without_password(text: str) -> str:
-    """`https://user:secret@host` as `https://***@host`."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def last_words(log: Path) -> str:

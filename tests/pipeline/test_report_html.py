@@ -21,7 +21,7 @@ from pipeline.task_findings import FlipExample, TaskMetric, TaskReport
 from tests.pipeline.rehearsal import plan_of, rehearse, small_model
 
 SECTIONS = ["verdict", "stages", "memory", "positions", "tasks", "flips", "planned", "serving", "provenance", "notes"]
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}
 HOSTILE = '<script>alert("1")</script> & $x$'
 GATE = GateReport(
     outcome="fail", metric="perplexity", limit_name="max_increase_pct", limit=5.0, value=8.0, source_value=5.0, change=60.0, low=58.0,

@@ -24,7 +24,8 @@ from pipeline.recipe import TrackingSettings
 from pipeline.report import Report, build_report
 from pipeline.run_record import RunRecord
 from pipeline.spool import FOLDER, Recorded, Spool, follow, is_live, spools
-from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, is_recorded, place_of, short_name, view_command
+from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, short_name
+from pipeline.tracking_uri import is_recorded, place_of, view_command
 from tests.pipeline.rehearsal import plan_of, rehearse, small_model
 
 LONG = 120.0  # seconds for a recorder on a loaded machine

@@ -32,18 +32,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from pipeline.errors import LlmpressError, PlanError, RecipeError
-from pipeline.orders import Candidate, legal_orders
 from pipeline.plan import Plan, make_plan
-from pipeline.prefix_tree import PrefixTree, identities, prefix_rank
 from pipeline.recipe import Recipe, Settings, read_config
 from pipeline.store import Store
+from pipeline.sweep.orders import Candidate, legal_orders
+from pipeline.sweep.prefix_tree import PrefixTree, identities, prefix_rank
 
 MODULE = "hydra_plugins.llmpress_orders"
 MOST_NAMED = 6  # orders that are named where one reason holds for many
 
 
 class SweepFailed(LlmpressError):
-    """Some jobs failed. The exit code is that of the first."""
+    """Some jobs failed, as the sweep's last table tells. The exit code is that of the first."""
+
+    told = True
 
     def __init__(self, sentence: str, first: object) -> None:
         self.exit_code = first.exit_code if isinstance(first, LlmpressError) else LlmpressError.exit_code

@@ -16,7 +16,7 @@ from pipeline.artifact import MEASUREMENTS
 from pipeline.graph import Ref, worked_on
 from pipeline.identity import digest, non_default
 from pipeline.plan import Plan, PlannedNode
-from pipeline.plan_table import STATUS
+from pipeline.plan_table import STATUS, estimate
 from pipeline.recipe import SOURCES, Recipe
 from pipeline.store import SHORT
 
@@ -69,7 +69,7 @@ class PrefixTree:
         if self.to_run and self.seconds is None:
             told.append("planned time: not known, since a stage or its machine does not say enough")
         elif self.seconds:
-            told.append(f"planned time: {_duration(self.seconds)}, one after the other")
+            told.append(f"planned time: {estimate(self.seconds)}, one after the other")
         return told
 
     def tree(self, title: str) -> Tree:
@@ -137,7 +137,7 @@ def _show(branches: Mapping[str, Branch], onto: Tree) -> None:
     for branch, label in zip(branches.values(), _labels(branches), strict=True):
         node = branch.node
         name = escape(label) if _measures(node) else f"[bold]{escape(label)}[/bold]"
-        planned = f"  {_duration(node.seconds)}" if node.seconds and node.status != "hit" else ""
+        planned = f"  {estimate(node.seconds)}" if node.seconds and node.status != "hit" else ""
         _show(branch.children, onto.add(f"{name}  {STATUS[node.status]}{planned}"))
 
 
@@ -177,9 +177,3 @@ def _name(node: PlannedNode) -> str:
 def _facts(node: PlannedNode) -> dict[str, str]:
     params = {name: json.dumps(value).strip('"') for name, value in node.stage.params.model_dump(mode="json").items()}
     return params | {port: str(ref) for port, ref in node.inputs.items()}
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

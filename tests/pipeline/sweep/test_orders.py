@@ -8,11 +8,11 @@ import pytest
 
 from pipeline.errors import RecipeError
 from pipeline.objectives import objectives
-from pipeline.orders import MOST_ORDERS, Candidate, legal_orders
 from pipeline.plan import Plan, make_plan
-from pipeline.prefix_tree import PrefixTree, identities, prefix_rank
 from pipeline.recipe import Recipe, read_config
 from pipeline.store import Store
+from pipeline.sweep.orders import MOST_ORDERS, Candidate, legal_orders
+from pipeline.sweep.prefix_tree import PrefixTree, identities, prefix_rank
 from tests.pipeline.test_plan import publish
 from tests.stages.models import make_checkpoint
 
