@@ -134,7 +134,8 @@ def _finish(sweep: Sweep) -> int:
     for problem in write_sweep(report, sweep.folder):
         print(f"warning: {problem}", file=sys.stderr)
     settings = _settings(first)
-    line = record_sweep(sweep, report, settings) if settings.tracking.enabled else ""
+    began = any(job.run_dir for job in sweep.jobs)  # what was refused before it ran is nowhere in MLflow
+    line = record_sweep(sweep, report, settings) if began and settings.tracking.enabled else ""
     if settings.format == "json":
         print(report.model_dump_json(indent=1))
         print(line, file=sys.stderr)
