@@ -56,6 +56,7 @@ def planned(study: Sequence[str], outputs: Path) -> dict[str, int]:
 
 
 def shared(study: Sequence[str], folder: Path) -> None:
+    study = (*study, "stages.distill.seed=0")
     counts = planned(study, folder / "together")
     together = run(["-m", *study, ORDERS], folder / "together")
     ran = executions(folder / "together")

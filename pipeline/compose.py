@@ -8,7 +8,7 @@ Hydra sees it.
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -41,6 +41,7 @@ EXTRAS = {  # what brings a launcher that Hydra does not have by itself
 ORDERS = "hydra/sweeper=orders"
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 _files: dict[str, str] = {}  # recipes given as files: what was written, by the name that they are registered under
+_axes: dict[str, dict[str, Any]] = {}  # what a recipe says of sweeps, by its name
 
 
 @cache
@@ -108,6 +109,11 @@ def composed(overrides: list[str]) -> DictConfig:
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+def axes_of(arguments: Iterable[str]) -> dict[str, Any]:
+    """The `sweep` of the recipe that is chosen; of several recipes, which are an axis themselves, none."""
+    return next((_axes.get(argument.removeprefix("recipe="), {}) for argument in arguments if argument.startswith("recipe=")), {})
 
 
 def as_written(override: str) -> str:
@@ -184,4 +190,5 @@ def _store_recipe(file: Path, name: str) -> None:
     if not isinstance(content, dict):
         raise RecipeError(f"recipe: {file} is not a mapping; see `run recipe=quickstart --cfg job` for what a recipe holds")
     check_document(content, file.name)
+    _axes[name] = content.get("sweep") or {}
     ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_", provider="llmpress")

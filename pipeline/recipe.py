@@ -20,6 +20,7 @@ from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
 from pipeline.quality import Quality, read_quality
 from pipeline.stage import Stage, find_stage, stage_names
+from pipeline.sweep.axes import axis_problems
 from pipeline.target import Target
 from pipeline.validated import validated
 
@@ -28,7 +29,8 @@ NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # it names folders and stands
 SOURCES = ("model", "models", "data")  # what references may name besides stages
 HUB_FIELDS = ("config", "split", "revision", "column")  # of a split
 RECIPE_KEYS = (
-    "order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", "requantize", "probe", "gates", "data_check",
+    "order", "stages", "model", "models", "data", "target", "compute", "serve", "convert", "requantize", "sweep", "probe", "gates",
+    "data_check",
 )  # fmt: skip
 PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]@]+\}")
 
@@ -162,6 +164,8 @@ def check_document(document: Any, where: str) -> None:
     own = sorted(set(document) & set(Settings.model_fields)) if isinstance(document, Mapping) else []
     problems = [f"{key}: a recipe says what to do, not how or where; pass `{key}` on the command line instead" for key in own]
     problems += _hostile(document, "")
+    if isinstance(document, Mapping) and document.get("sweep"):
+        problems += axis_problems(document["sweep"])
     if problems:
         raise RecipeError(f"{where}: {problem}" for problem in problems)
 

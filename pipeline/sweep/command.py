@@ -25,6 +25,7 @@ from pipeline.errors import Interrupted, LlmpressError, RecipeError, StoreError,
 from pipeline.identity import digest
 from pipeline.recipe import Settings, read_settings
 from pipeline.store import explain_os_error
+from pipeline.sweep.axes import overrides, quoted
 from pipeline.sweep.orders_sweeper import SweepFailed
 from pipeline.sweep.record import JobRecord, Sweep, forget_jobs, read_jobs
 from pipeline.task import LAUNCHER, process_name, run_job
@@ -50,6 +51,7 @@ def run_sweep(typed: Sequence[str], arguments: Sequence[str]) -> int:
 
     LlmpressError where no job began.
     """
+    arguments = [*arguments, *overrides(compose.axes_of(arguments), arguments)]
     folder = sweep_folder(arguments)
     named = any(argument.startswith(f"{FOLDER}=") for argument in arguments)
     sys.argv[1:] = [*arguments, *([] if named else [f"{FOLDER}={quoted(str(folder))}"])]
@@ -160,8 +162,3 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
     name = f"{recipe}-{digest('sweep', choices)[:8]}"
     outputs = Path(chosen.get("outputs", "outputs").strip("'\"")).expanduser().absolute()
     return outputs / "sweeps" / name
-
-
-def quoted(value: str) -> str:
-    """As a value of an override in which nothing is special."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
