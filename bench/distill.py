@@ -42,7 +42,8 @@ def context(folder: Path) -> Any:
 
 
 def text() -> Any:
-    from pipeline.artifact import Dataset, DatasetSpec
+    from pipeline.artifact import Dataset
+    from pipeline.artifact_spec import DatasetSpec
 
     file = ASSETS / "data" / "train.jsonl"
     return Dataset(file, DatasetSpec(split="train", digest="0", nbytes=file.stat().st_size))

@@ -20,7 +20,8 @@ import llmcompressor  # noqa: F401  # imported here so that no stage is charged 
 import torch
 from loguru import logger
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.roofline import UTILISATION, seconds
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.memory import ASSETS, ROOT, config, make_checkpoint
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec
+from pipeline.artifact import Checkpoint, Dataset
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.stage import find_stage, input_ports, output_ports
 from pipeline.target import format_size, parse_size
 from pipeline.worker import RESPONSE, Failure, InputArtifact, Request, Success

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Artifact, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec
+from pipeline.artifact import Artifact, Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec, LogitsSpec
 from pipeline.companions import companion_files
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage, find_stage

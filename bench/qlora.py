@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
 

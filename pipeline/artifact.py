@@ -3,9 +3,11 @@
 Types are nominal and few, and legal order is their subtype relation:
 
     Artifact > Checkpoint > DenseCheckpoint | QuantizedCheckpoint
+             > Export           a model in another program's file format, which no other stage changes
              > Adapter          low-rank weights for a checkpoint, as peft saves them
              > Dataset
              > TeacherLogits    what a teacher said of a text
+             > Sensitivity      what rounding each part of a checkpoint costs
              > EvalReport       how good a checkpoint is
              > Benchmark        how fast one is, and how much memory it takes, on one machine
 
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pipeline.artifact_spec import DataFormat, DatasetSpec, FileFormat, SensitivitySpec, Spec
 from pipeline.documents import Message, read_conversations, read_documents
 from pipeline.headers import read_json
 from pipeline.kv_sidecar import read_cache
@@ -27,51 +30,9 @@ from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 
 MANIFEST = "artifact.json"
-FileFormat = Literal["jsonl", "txt", "parquet", "folder"]
-DataFormat = Literal["text", "messages", "tasks"]
+GGUF_FILE = "model.gguf"
+SENSITIVITY_FILE = "sensitivity.json"
 SUFFIXES: dict[str, FileFormat] = {".jsonl": "jsonl", ".txt": "txt", ".parquet": "parquet"}
-
-
-class DatasetSpec(Frozen):
-    """One split of a dataset: a file of documents, or a folder of evaluation tasks. `digest` is over its content, never over its path.
-
-    Of a hub dataset that is not here yet, the digest is empty and `nbytes` what the hub says of its size.
-    """
-
-    split: str
-    format: DataFormat = "text"
-    file_format: FileFormat | None = None  # how the file is parsed; None: by its suffix
-    digest: str
-    nbytes: int
-    documents: int | None = None  # or conversations; None: not counted
-    tasks: tuple[str, ...] = ()  # names of tasks and groups of tasks, of a folder of such
-    origin: str = ""  # of a hub dataset: id, config, split, column and commit
-
-
-class AdapterSpec(Frozen):
-    """Low-rank matrices beside a checkpoint's. `nbytes` of tensor data."""
-
-    rank: int
-    num_parameters: int
-    nbytes: int
-
-
-class LogitsSpec(Frozen):
-    """A teacher's `k` largest logits at each token of `num_samples` windows, cut from the text of digest `data`.
-
-    `temperature` is the one at which the mass of all other tokens is known.
-    """
-
-    vocab_size: int
-    k: int
-    temperature: float
-    num_samples: int
-    max_length: int
-    data: str
-    nbytes: int
-
-
-Spec = ModelSpec | DatasetSpec | AdapterSpec | LogitsSpec | None
 
 
 class FileRecord(Frozen):
@@ -166,7 +127,23 @@ class DenseCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint(Checkpoint):
-    """Linear weights packed to fewer bits, in the compressed-tensors format."""
+    """Linear weights packed to fewer bits, in a format of compressed-tensors or bitsandbytes."""
+
+
+@dataclass(frozen=True)
+class Export(Artifact):
+    """A GGUF file that llama.cpp runs, `model.gguf`, with the tokenizer's own files beside it."""
+
+    port: ClassVar[str] = "model"
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        assert isinstance(self.spec, ModelSpec), "an export is made by a stage, which gave it a spec"
+        return self.spec
+
+    @property
+    def file(self) -> Path:
+        return self.path / GGUF_FILE
 
 
 @dataclass(frozen=True)
@@ -217,6 +194,18 @@ class TeacherLogits(Artifact):
 
 
 @dataclass(frozen=True)
+class Sensitivity(Artifact):
+    """`sensitivity.json`: a `SensitivitySpec` with what was measured."""
+
+    port: ClassVar[str] = "sensitivity"
+
+    @property
+    def measured(self) -> SensitivitySpec:
+        """pydantic.ValidationError where the file is none."""
+        return SensitivitySpec.model_validate_json((self.path / SENSITIVITY_FILE).read_bytes())
+
+
+@dataclass(frozen=True)
 class EvalReport(Artifact):
     """`report.json`: quality of one checkpoint, with per-document losses so that two reports can be paired."""
 
@@ -237,11 +226,12 @@ class Verdict(Artifact):
     port: ClassVar[str] = "verdict"
 
 
+MODELS = (Checkpoint, Export)  # what a pipeline is for
 MEASUREMENTS = (EvalReport, Benchmark, Verdict)  # they say something of a model and make none
 
 TYPES: dict[str, type[Artifact]] = {
     cls.__name__: cls
-    for cls in (Artifact, Checkpoint, DenseCheckpoint, QuantizedCheckpoint, Adapter, Dataset, TeacherLogits, *MEASUREMENTS)
+    for cls in (Artifact, *MODELS, DenseCheckpoint, QuantizedCheckpoint, Adapter, Dataset, TeacherLogits, Sensitivity, *MEASUREMENTS)
 }
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.envs import current_folders
 from pipeline.errors import StoreError
 from pipeline.store import MARKER, SHORT, Store
 
@@ -40,7 +41,10 @@ def using(store: Store) -> Iterator[None]:
 
 
 def collect(store: Store) -> Collected:
-    """Remove unpinned artifacts and abandoned scratch folders. StoreError where that could take something that is used."""
+    """Remove unpinned artifacts, abandoned scratch folders and environments of other locks than today's.
+
+    StoreError where that could take something that is used.
+    """
     if not (store.root / MARKER).is_file():
         raise StoreError(f"{store.root} is not an outputs folder of llmpress; name the right one with `outputs=...`")
     with store.claims.hold("gc"):
@@ -49,7 +53,8 @@ def collect(store: Store) -> Collected:
         artifacts = _folders(store.root / "store", ARTIFACT)
         unused = [folder for folder in artifacts if folder.name.rpartition("-")[2] not in pinned]
         abandoned = [folder for folder in _folders(store.root / "scratch", SCRATCH) if folder.name[:SHORT] not in pinned]
-        removed = (*unused, *abandoned)  # scratch that some run's plan names may be resumed
+        outdated = [folder for folder in _folders(store.root / "envs", SCRATCH) if folder.name not in current_folders()]
+        removed = (*unused, *abandoned, *outdated)  # scratch that some run's plan names may be resumed
         nbytes = 0
         for folder in removed:
             nbytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.stat().st_nlink == 1)

@@ -9,7 +9,7 @@ data_check@train    `data_check`: whether the evaluation text is among what a mo
 
 from fnmatch import fnmatch
 
-from pipeline.artifact import Checkpoint, Dataset, EvalReport
+from pipeline.artifact import MODELS, Checkpoint, Dataset, EvalReport
 from pipeline.errors import did_you_mean
 from pipeline.graph import REFERENCE_PORT, SOURCE_MODEL, Graph, Node, Ref, worked_on
 from pipeline.quality import GateConfig
@@ -54,9 +54,9 @@ class _Evidence:
         self._data_checks()
 
     def _checkpoints(self) -> dict[str, Ref]:
-        """The checkpoint that each node makes, by node, in order."""
+        """The checkpoint or export that each node makes, by node, in order."""
         made = [(node, Ref(node.name, "model")) for node in self.wiring.nodes]
-        return {node.name: ref for node, ref in made if issubclass(self.wiring.types.get(ref, Dataset), Checkpoint)}
+        return {node.name: ref for node, ref in made if issubclass(self.wiring.types.get(ref, Dataset), MODELS)}
 
     def _probes(self) -> None:
         probe, made = self.recipe.quality.probe, self._checkpoints()
@@ -71,9 +71,10 @@ class _Evidence:
 
     def _measure(self, label: str, stage: Stage, written: dict[str, str], model: Ref, why: str) -> Node:
         """Stage `stage` on that model, right behind what makes it."""
-        latest, self.wiring.latest = self.wiring.latest, model
+        before = self.wiring.latest, self.wiring.checkpoint
+        self.wiring.latest = self.wiring.checkpoint = model
         inputs = self.wiring.inputs(label, stage, written)
-        self.wiring.latest = latest
+        self.wiring.latest, self.wiring.checkpoint = before
         nodes = self.wiring.nodes
         behind = [n for n, node in enumerate(nodes) if node.name == model.node or (node.why and worked_on(node.inputs) == model)]
         return self.wiring.append(f"{label}@{model.node}", stage, inputs, why, at=max(behind, default=-1) + 1)
@@ -97,7 +98,9 @@ class _Evidence:
         for name, stage in stages.items():
             if _measures(stage, metric):
                 config = self.recipe.stages.get(name)
-                return self._measure(name, stage, dict(config.inputs) if config else {}, model, f"gates[{number}] needs {metric}")
+                made_for = f"gates[{number}] needs {metric}"
+                node = self._measure(name, stage, dict(config.inputs) if config else {}, model, made_for)
+                return node if worked_on(node.inputs) == model else None  # it does not take such a model, which has been noted
         known = sorted({pattern for stage in stages.values() for pattern in stage.measures()})
         self._complain(f"gates[{number}].metric: no stage of the recipe measures '{metric}'{did_you_mean(metric, known)}")
         return None

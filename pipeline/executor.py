@@ -10,29 +10,33 @@ Everything that happens is told to `listeners` as plain dicts with "event", "tim
     resumed        text: from where
     node_hit, node_finished   seconds, key, path, nbytes, metrics, peak_rss, notes
     node_failed    reason, log
+    environment    text: an isolated backend's is being installed, before the first stage
     gate           outcome, reaction (pass, warn or stop), sentence
 Listeners run in this process, in order, and observe only: one that raises is reported once and the run goes on.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import Artifact, Manifest, Provenance, Verdict
 from pipeline.attempt import Attempt
+from pipeline.bounds import outputs_as_made
+from pipeline.envs import Environments
 from pipeline.errors import GateFailed, Interrupted, LlmpressError, PlanError, StoreError
 from pipeline.graph import Ref, worked_on
 from pipeline.identity import fingerprint
+from pipeline.installed import check_installed
 from pipeline.job import run_job
-from pipeline.plan import Plan, PlannedNode, check_installed
+from pipeline.plan import Plan, PlannedNode
 from pipeline.process import ForkServer
 from pipeline.provenance import build_manifest
-from pipeline.stage import input_ports
+from pipeline.settled import settled_node
+from pipeline.signals import sigterm_interrupts
+from pipeline.stage import MAIN, input_ports
 from pipeline.store import Store, check_writable, digests_read, explain_os_error
 from pipeline.target import format_size, free_disk
 from pipeline.verdict import VerdictFile
@@ -68,7 +72,7 @@ def execute(
     with ExitStack() as cleanup:
         if server is None:
             run.server = cleanup.enter_context(ForkServer(run.run_dir / "logs" / "forkserver.log"))
-        cleanup.enter_context(_sigterm_interrupts())
+        cleanup.enter_context(sigterm_interrupts())
         return run.execute()
 
 
@@ -107,6 +111,7 @@ class _Run:
         self.artifacts: dict[Ref, Artifact] = dict(self.plan.sources)
         self.manifests: dict[str, Manifest] = {}  # by node
         self.warned = False
+        self.environments = Environments(self.store.root.resolve())
 
     def execute(self) -> list[NodeResult]:
         started = time.monotonic()
@@ -115,6 +120,9 @@ class _Run:
         results: list[NodeResult] = []
         status, current = "failed", ""
         try:
+            for node in self.plan.to_run:
+                current = node.name
+                self._interpreter(node)  # what cannot be installed is found before hours of other stages
             for node in self.plan.nodes:
                 current = node.name
                 results.append(self.node(node))
@@ -139,6 +147,7 @@ class _Run:
 
     def node(self, node: PlannedNode) -> NodeResult:
         """One node, found or made. Its outputs are inputs of later ones."""
+        node = settled_node(self.plan, node, self.artifacts)
         try:
             manifest = self._find(node)
             hit = manifest is not None
@@ -148,6 +157,8 @@ class _Run:
             raise StoreError(f"{node.name}: {explain_os_error(error, self.store.root)}") from error
         path = self.store.path(node.stage.name, node.key)
         self.manifests[node.name] = manifest
+        if node.bound:
+            node = replace(node, expected=outputs_as_made(node.types, path, manifest, node.expected), bound=False)
         for port, kind in node.types.items():
             place = path if len(node.types) == 1 else path / port
             self.artifacts[Ref(node.name, port)] = kind(place, node.expected[port], node.key)
@@ -245,6 +256,7 @@ class _Run:
             inputs=inputs,
             expected=dict(node.expected),
             types={port: kind.__name__ for port, kind in node.types.items()},
+            interpreter=self._interpreter(node),
         )
 
     def _history(self, node: PlannedNode) -> tuple[Provenance, ...]:
@@ -252,6 +264,12 @@ class _Run:
         model = worked_on(node.inputs)
         manifest = self.manifests.get(model.node) if model else None
         return manifest.history if manifest else ()
+
+    def _interpreter(self, node: PlannedNode) -> Path | None:
+        """Of the isolated backend that the stage calls, installed where it is not yet; None: it calls none."""
+        if node.stage.env == MAIN:
+            return None
+        return self.environments.python(node.stage.env, lambda text: self.announce("environment", text=text))
 
     def _tell(self, node: PlannedNode, manifest: Manifest, path: Path, hit: bool) -> None:
         notes = list(manifest.notes)
@@ -272,20 +290,3 @@ class _Run:
             peak_rss=manifest.peak_rss,
             notes=notes,
         )
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that a job scheduler's request to end leaves no worker behind."""
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -23,7 +23,7 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target, format_size
 
 NUM_BITS = (8, 4, 3, 2)
-NARROWEST_SERVED = 4  # bits: for narrower weights servers have no kernels, so that these are told of only where nothing else fits
+NARROWEST_SERVED = 4  # bits: few servers have kernels for narrower weights, so that these are told of only where nothing else fits
 GROUP_SIZE = 128  # of the groups that a change to `num_bits` would pack, where it divides every layer; and the grain of an MLP's width
 DENSE = ("lm_head",)  # what quantization leaves alone, unless told otherwise
 FREE_BITS = 8  # of weights and cache: what 16 bits hold beyond these is hardly ever measured in quality
@@ -148,6 +148,9 @@ def requantized(spec: ModelSpec, num_bits: int) -> ModelSpec:
     for group in spec.groups:
         if group.format.num_bits is not None:
             form = group.format.model_copy(update={"num_bits": min(num_bits, group.format.num_bits)})
+            if num_bits < group.format.num_bits and form.layout != "pack-quantized":  # which know one width only
+                group_size = math.gcd(GROUP_SIZE, group.shape[1])
+                form = WeightFormat(num_bits=num_bits, group_size=group_size)
             group = group.model_copy(update={"format": form})
         groups.append(group)
     return spec.model_copy(update={"groups": tuple(groups)})
@@ -271,6 +274,6 @@ def _resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
     """The same model with other sizes, its weights and cache stored as they are."""
     architecture = spec.architecture.model_copy(update=sizes)
     shapes = {group.name: group.shape for group in architecture.groups()}
-    groups = tuple(group.model_copy(update={"shape": shapes[group.name]}) for group in spec.groups)
+    groups = tuple(group.model_copy(update={"shape": shapes.get(group.name, group.shape)}) for group in spec.groups)
     cache = spec.kv_cache.model_copy(update={"kv_heads": architecture.num_kv_heads})
     return spec.model_copy(update={"architecture": architecture, "groups": groups, "kv_cache": cache})

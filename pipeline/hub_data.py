@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.artifact import DataFormat
+from pipeline.artifact_spec import DataFormat
 from pipeline.documents import is_conversation
 from pipeline.errors import RecipeError
 from pipeline.identity import digest

@@ -31,10 +31,12 @@ from pydantic import BaseModel, TypeAdapter
 from pipeline import machine
 from pipeline.artifact import Manifest, sha256_file
 from pipeline.companions import companion_files
+from pipeline.envs import lock_digest
 from pipeline.headers import weight_files
-from pipeline.stage import Stage
+from pipeline.stage import MAIN, Stage
 
 IDENTITY_SCHEMA = 1
+EXTRAS = {"gguf": "gguf", "llama-cpp-python": "gguf"}  # library -> the optional dependencies of llmpress that bring it
 MEMO = TypeAdapter(dict[str, tuple[tuple[int, ...], str]])  # path -> (stamp, sha256)
 
 
@@ -85,7 +87,14 @@ def library_version(name: str) -> str | None:
 def not_installed(libraries: Iterable[str]) -> str:
     """`torch is not installed here`, so that what is computed with it has no key; empty where all are."""
     absent = [name for name in sorted(libraries) if library_version(name) is None]
-    return f"{' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not installed here" if absent else ""
+    named = " and ".join(f"{name} (extra {EXTRAS[name]})" if name in EXTRAS else name for name in absent)
+    return f"{named} {'are' if len(absent) > 1 else 'is'} not installed here" if absent else ""
+
+
+def to_install(libraries: Iterable[str]) -> str:
+    """What brings those that are not installed: `llmpress[gguf]`, or all that llmpress depends on."""
+    extras = {EXTRAS.get(name, "") for name in libraries if library_version(name) is None}
+    return "what llmpress depends on" if "" in extras or not extras else f"llmpress[{','.join(sorted(extras))}]"
 
 
 def backend_versions(libraries: Iterable[str]) -> dict[str, str]:
@@ -98,8 +107,10 @@ def backend_versions(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def backend(stage: Stage) -> dict[str, str]:
-    """What a key covers of where it is computed: versions of libraries; of a stage that measures the machine, which that is."""
-    return backend_versions(stage.libraries) | ({"machine": machine.fingerprint()} if stage.measures_machine else {})
+    """What a key covers of where it is computed: versions of libraries, or the digest of the environment that the stage computes in; of a
+    stage that measures the machine, which that is."""
+    computed_by = backend_versions(stage.libraries) if stage.env == MAIN else {stage.env: lock_digest(stage.env)}
+    return computed_by | ({"machine": machine.fingerprint()} if stage.measures_machine else {})
 
 
 def stage_key(stage: Stage, inputs: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ from pipeline.errors import StageFailed, StoreError
 from pipeline.process import ForkServer, Worker, kill
 from pipeline.store import explain_os_error
 from pipeline.target import format_size
-from pipeline.usage import parse_peak_rss
+from pipeline.usage import out_of_memory_kills, parse_peak_rss
 from pipeline.worker import EXIT_CODES, RESPONSE, Failure, Request, Success
 
 POLL = 0.1  # seconds between two looks at a worker's events and memory; its end is noticed at once
@@ -111,27 +111,3 @@ def _tail(log: Path) -> str:
     except FileNotFoundError:
         return ""
     return "\n".join(line[:TAIL_WIDTH] for line in lines[-TAIL_LINES:])
-
-
-def out_of_memory_kills() -> int:
-    """How many processes of this control group (v2 or v1) the kernel has killed for lack of memory; 0 where it does not say."""
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return 0
-    count = 0
-    for _, controllers, path in groups:
-        if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.events"
-        elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
-        else:
-            continue
-        for folder in (root / path.lstrip("/"), root):  # in a container, the path may be the host's and the root one's own
-            try:
-                fields = dict(line.split() for line in (folder / name).read_text().splitlines())
-            except OSError:
-                continue
-            count = max(count, int(fields.get("oom_kill", 0)))
-            break
-    return count

@@ -7,7 +7,7 @@ silent, a default is the one that transformers has for that `model_type`; sizes 
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,6 +45,14 @@ class ModelConfig(_Strict):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     quantization_config: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None  # what part of it was called before transformers 5
+
+    @property
+    def rope_type(self) -> str:
+        """How rotary frequencies are scaled; `default`: not at all."""
+        given = self.rope_parameters or self.rope_scaling or {}
+        return str(given.get("rope_type") or given.get("type") or "default")
 
     @property
     def kv_heads(self) -> int:
@@ -155,6 +163,18 @@ class ConfigGroup(_Strict):
     targets: list[str]
     weights: WeightArguments
     input_activations: dict[str, Any] | None = None
+
+
+class BitsAndBytesConfig(_Strict):
+    """`quantization_config` of a checkpoint that bitsandbytes quantized, with transformers' defaults."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: str = "uint8"
+    llm_int8_threshold: float = Field(default=6.0, ge=0)
+    llm_int8_skip_modules: list[str] | None = None
 
 
 class QuantizationConfig(_Strict):

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.artifact import Artifact, Checkpoint, DatasetSpec
+from pipeline.artifact import Artifact, Checkpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.graph import SOURCE_MODEL, Ref
 from pipeline.layout import Frozen
 from pipeline.plan import Plan
@@ -31,7 +32,7 @@ def _origin(recipe: Recipe, ref: Ref, artifact: Artifact) -> Origin:
     spec = artifact.spec
     if isinstance(artifact, Checkpoint):
         model = artifact.model_spec
-        packed = {f"{group.format.num_bits}-bit" for group in model.linear_groups if not group.format.is_dense}
+        packed = {group.format.label for group in model.linear_groups if not group.format.is_dense}
         form, nbytes, documents = ", ".join([*sorted(packed), model.dtype]), model.nbytes, None
         written = _written_model(recipe, ref, artifact.path)
     else:

@@ -10,13 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest, Spec
-from pipeline.errors import InputProblems, PlanError, RecipeError
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest
+from pipeline.artifact_spec import Spec
+from pipeline.bounds import is_open, outputs_as_made
+from pipeline.envs import Environments, PlannedEnvironment
+from pipeline.errors import InputProblems, RecipeError
 from pipeline.evidence import build
 from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, worked_on
-from pipeline.identity import DigestMemo, digest, non_default, not_installed, output_key, stage_key
+from pipeline.identity import DigestMemo, not_installed, output_key, stage_key
+from pipeline.installed import check_installed
 from pipeline.misses import explain_miss
 from pipeline.recipe import Recipe
+from pipeline.recipe_digest import recipe_digest
 from pipeline.requantize import configured, left_dense
 from pipeline.roofline import Work, dollars, seconds
 from pipeline.served import Served, known_targets, senseless, served
@@ -51,6 +56,7 @@ class PlannedNode:
     seconds: float | None = None  # on the recipe's machine; None: the machine states no peak, or the stage no work
     dollars: float | None = None  # None: neither time nor price may be missing
     shortage: Shortage | None = None  # why it cannot run on the recipe's machine
+    bound: bool = False  # `expected` is the most that it can be, until something before it is measured (pipeline/bounds.py)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Plan:
     nodes: tuple[PlannedNode, ...]
     sources: Mapping[Ref, Artifact]
     served: Served | None = None  # the final model under the recipe's `serve` load
+    environments: tuple[PlannedEnvironment, ...] = ()  # beside llmpress's own, of isolated backends
 
     @property
     def final(self) -> Ref:
@@ -158,34 +165,8 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     if execute:
         memo.save()
     plan = Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
-    return replace(plan, served=served(plan.final_spec, recipe, resources))
-
-
-def check_installed(stages: Mapping[str, Stage]) -> None:
-    """PlanError for stages, by the names of their nodes, that need a library which is not installed."""
-    problems = [
-        f"stages.{name}: {absent}, so that it can be planned but not run; install what llmpress depends on, or write mode=plan"
-        for name, stage in stages.items()
-        if (absent := not_installed(stage.libraries))
-    ]
-    if problems:
-        raise PlanError(problems)
-
-
-def recipe_digest(recipe: Recipe, sources: Mapping[Ref, Artifact]) -> str:
-    """Identity of the recipe and of what it reads: equal ones share a run folder, wherever their files lie and whatever runs them."""
-    stages = {
-        name: {"stage": config.stage.name, "params": non_default(config.stage.params), "inputs": dict(config.inputs)}
-        for name, config in recipe.stages.items()
-        if name in recipe.order
-    }
-    read = {str(ref): artifact.key for ref, artifact in sources.items()}
-    asked: dict[str, Any] = {"requantize": True} if recipe.requantize else {}  # a default stays out, as of a stage's parameters
-    if recipe.quality.gates:
-        asked["gates"] = [[gate.after, non_default(gate.stage.params)] for gate in recipe.quality.gates]
-    if probe := recipe.quality.probe:
-        asked["probe"] = [probe.after, non_default(probe.stage.params)]
-    return digest("recipe", {"order": recipe.order, "stages": stages, "convert": recipe.convert, "sources": read} | asked)
+    environments = Environments(store.root).planned((node.name, node.stage.env) for node in nodes)
+    return replace(plan, served=served(plan.final_spec, recipe, resources), environments=environments)
 
 
 class _Evaluation:
@@ -195,12 +176,14 @@ class _Evaluation:
         self.recipe, self.store, self.problems, self.resources = recipe, store, problems, resources
         self.specs: dict[Ref, Spec] = {ref: artifact.spec for ref, artifact in sources.items()}
         self.tokenizers = {ref: read_tokenizer(artifact) for ref, artifact in sources.items()}  # None: not known, or not text
+        self.folders = {ref: artifact.path for ref, artifact in sources.items() if isinstance(artifact, Checkpoint)}
         self.chats = {ref: reads_chats(artifact) for ref, artifact in sources.items()}  # None: not known, or no model
         self.keys = {ref: artifact.key for ref, artifact in sources.items()}
         self.calibrated_by = ""  # the node whose static cache is in force; the source model's where there is none
         self.missed: set[str] = set()
         self.unknown: set[str] = set()  # nodes without a key because of a library, and what follows them
         self.found: dict[str, Manifest] = {}  # of the nodes that are hits
+        self.bounds: set[Ref] = set()  # outputs whose specs are bounds
 
     def node(self, node: Node, graph: Graph) -> PlannedNode | None:
         config = self.recipe.stages.get(node.name.partition("@")[0])
@@ -210,6 +193,9 @@ class _Evaluation:
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in node.inputs.items()}
         self.problems += token_problems(node, self.tokenizers)
         unreadable = conversation_problems(node, self.chats, self.specs) + task_problems(node, self.specs)
+        folder = self.folders.get(worked_on(node.inputs) or NOTHING, Path())
+        if folder != Path():  # else a hub model's, which is not here yet
+            unreadable += [located(configured(node, graph), problem) for problem in node.stage.refusals(folder)]
         if unreadable:
             self.problems += unreadable
             return None
@@ -228,11 +214,19 @@ class _Evaluation:
         for port in ports:
             self.specs[Ref(node.name, port)] = expected[port]
             self.tokenizers[Ref(node.name, port)] = next(filter(None, map(self.tokenizers.get, node.inputs.values())), None)
+            self.folders[Ref(node.name, port)] = folder
             self.chats[Ref(node.name, port)] = self.chats.get(worked_on(node.inputs) or NOTHING)
             self.keys[Ref(node.name, port)] = output_key(key, port, len(ports)) if key else ""
         status, reason = self._status(node, key, input_keys)
         if status == "miss":
             self.missed.add(node.name)
+        bound = not self.bounds.isdisjoint(node.inputs.values()) or any(map(is_open, expected.values()))
+        types = {port: graph.types[Ref(node.name, port)] for port in ports}
+        if bound and status == "hit":  # what is there says more than a plan can infer
+            place = self.store.path(node.stage.name, key)
+            expected, bound = outputs_as_made(types, place, self.found[node.name], expected), False
+            self.specs |= {Ref(node.name, port): spec for port, spec in expected.items()}
+        self.bounds |= {Ref(node.name, port) for port in ports} if bound else set()
         inserted = (f"inserted: {node.why}",) if node.why else ()
         machine, work = self.recipe.machine, node.stage.work(**specs)
         memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
@@ -244,7 +238,7 @@ class _Evaluation:
             inputs=node.inputs,
             input_keys=input_keys,
             key=key,
-            types={port: graph.types[Ref(node.name, port)] for port in ports},
+            types=types,
             expected=expected,
             memory=memory,
             status=status,
@@ -254,6 +248,7 @@ class _Evaluation:
             seconds=lasts,
             dollars=dollars(lasts, machine),
             shortage=short,
+            bound=bound,
         )
 
     def _check_scales(self, node: Node, expected: Mapping[str, Spec]) -> None:

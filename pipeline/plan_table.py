@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import AdapterSpec, LogitsSpec, Spec
+from pipeline.artifact_spec import AdapterSpec, LogitsSpec, Spec
 from pipeline.plan import Plan, PlannedNode
 from pipeline.roofline import UTILISATION
 from pipeline.spec import ModelSpec
@@ -31,6 +31,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "final": str(plan.final),
         "serving": plan.served.model_dump(mode="json") if plan.served else None,
         "to_run": {"seconds": plan.seconds, "dollars": plan.dollars, "disk": plan.disk},
+        "environments": [{"name": e.name, "digest": e.digest, "nodes": list(e.nodes), "built": e.built} for e in plan.environments],
         "problems": [lacking.model_dump(mode="json") for lacking in plan.shortages],
         "nodes": [_node_json(node) for node in plan.nodes],
     }
@@ -47,6 +48,7 @@ def _node_json(node: PlannedNode) -> dict[str, Any]:
         "notes": list(node.notes),
         "params": node.stage.params.model_dump(mode="json"),
         "inputs": {port: str(ref) for port, ref in node.inputs.items()},
+        "bound": node.bound,
         "outputs": {port: {"type": kind.__name__, **_facts(node.expected[port])} for port, kind in node.types.items()},
         "memory": node.memory.model_dump(),
         "work": node.work.model_dump() if node.work else None,
@@ -70,7 +72,7 @@ def _model_facts(spec: ModelSpec) -> dict[str, Any]:
         "parameters": spec.num_parameters,
         "bits_per_weight": round(spec.bits_per_weight, 4),
         "kv_bytes_per_token": spec.kv_cache.bytes_per_token,
-    }
+    } | ({"sparsity": spec.sparsity.model_dump()} if spec.sparsity else {})
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -119,7 +121,7 @@ class _Row(NamedTuple):
 
 def _row(node: PlannedNode, machine: Target) -> _Row:
     spec = next((s for s in node.expected.values() if isinstance(s, ModelSpec)), None)
-    sizes = _sizes(spec) if spec else (_size_of_other(node), "", "")
+    sizes = _sizes(spec, "<=" if node.bound else "") if spec else (_size_of_other(node), "", "")
     peaks = [format_size(node.memory.totals[place]) if node.memory.totals[place] else "" for place in ("ram", "vram", "disk")]
     short = node.shortage.place if node.shortage else ""
     peaks = [f"[bold red]{peak}[/bold red]" if place == short else peak for place, peak in zip(("ram", "vram", "disk"), peaks, strict=True)]
@@ -158,6 +160,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             reasons.setdefault(f"unknown: {node.reason}", []).append(node.name)
     for reason, names in reasons.items():
         yield f"{reason}: {', '.join(names)}"
+    yield from (environment.sentence for environment in plan.environments)
     if not all(artifact.key for artifact in plan.sources.values()):
         yield "digest of a model or dataset pending: hit or miss is known once it has been computed (it is when the recipe runs)"
     if plan.seconds is not None and plan.seconds:
@@ -173,5 +176,6 @@ def _size_of_other(node: PlannedNode) -> str:
     return format_size(sum(sizes)) if sizes else ""
 
 
-def _sizes(spec: ModelSpec) -> tuple[str, str, str]:
-    return format_size(spec.nbytes), f"{spec.bits_per_weight:.2f}", format_size(spec.kv_cache.bytes_per_token)
+def _sizes(spec: ModelSpec, most: str = "") -> tuple[str, str, str]:
+    """`most` stands before what is a bound."""
+    return f"{most}{format_size(spec.nbytes)}", f"{most}{spec.bits_per_weight:.2f}", format_size(spec.kv_cache.bytes_per_token)

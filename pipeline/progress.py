@@ -76,8 +76,8 @@ class Display:
             self._start(event)
         elif kind == "run_finished":
             self._finish(event)
-        elif kind == "warning":
-            self._say("warning", event["text"], now)
+        elif kind in ("warning", "environment"):
+            self._say(kind, event["text"], now)
         elif node:
             self._of_stage(kind, node, event)
 

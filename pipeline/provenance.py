@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.artifact import MEASUREMENTS, Checkpoint, Manifest, Provenance, tokenizer_digest
+from pipeline.artifact import GGUF_FILE, MEASUREMENTS, MODELS, Artifact, Export, Manifest, Provenance, tokenizer_digest
+from pipeline.gguf_file import read_gguf
 from pipeline.headers import tensor_table
 from pipeline.identity import backend, fingerprint
 from pipeline.plan import PlannedNode
@@ -30,7 +31,7 @@ def build_manifest(
     """
     stage = node.stage
     single = len(node.types) == 1
-    checkpoint = next((port for port, kind in node.types.items() if issubclass(kind, Checkpoint)), None)
+    checkpoint = next((port for port, kind in node.types.items() if issubclass(kind, MODELS)), None)
     model = (folder if single else folder / checkpoint) if checkpoint else None
     spec = node.expected[checkpoint] if checkpoint else None
     is_report = all(issubclass(kind, MEASUREMENTS) for kind in node.types.values())
@@ -59,9 +60,16 @@ def build_manifest(
         peak_rss=made.peak_rss,
         floor_rss=made.floor_rss,
         peak_vram=made.peak_vram,
-        tensor_bytes=sum(entry.nbytes for entry in tensor_table(model).values()) if model else None,
+        tensor_bytes=_tensor_bytes(node.types[checkpoint], model) if checkpoint and model else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _tensor_bytes(kind: type[Artifact], model: Path) -> int:
+    """As the files' headers say."""
+    if issubclass(kind, Export):
+        return read_gguf(model / GGUF_FILE).tensor_bytes
+    return sum(entry.nbytes for entry in tensor_table(model).values())
 
 
 def _metrics(made: Success, single: bool) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.artifact import DataFormat
+from pipeline.artifact_spec import DataFormat
 from pipeline.claim import LockKind
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
@@ -149,8 +149,9 @@ class TrackingSettings(Frozen):
 class Settings(Frozen):
     """How to run: nothing here changes a result."""
 
-    mode: Literal["run", "plan", "gc"] = "run"
+    mode: Literal["run", "plan", "gc", "check"] = "run"
     format: Literal["table", "json"] = "table"
+    path: str | None = None  # of the checkpoint that mode=check is asked about
     outputs: str = "outputs"
     lock: LockKind = "auto"  # how runs that share the outputs folder keep out of each other's way; see pipeline/claim.py
     export_to: str | None = None
@@ -227,13 +228,16 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     """The settings alone, for a mode that needs no recipe. RecipeError with every problem."""
     problems: list[str] = []
     settings = _read_settings(config, problems)
-    if settings is None:
+    if settings is None or problems:
         raise RecipeError(problems)
     return settings
 
 
 def _read_settings(config: Mapping[str, Any], problems: list[str]) -> Settings | None:
-    return validated(Settings, {name: config[name] for name in Settings.model_fields if name in config}, "", problems)
+    settings = validated(Settings, {name: config[name] for name in Settings.model_fields if name in config}, "", problems)
+    if settings is not None and settings.path is not None and settings.mode != "check":
+        problems.append("path: it has an effect only with mode=check; write mode=check, or model.path=... for the model of a recipe")
+    return settings
 
 
 def _read_order(order: Any, problems: list[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifact import EvalReport, Manifest
+from pipeline.artifact import EvalReport, Export, Manifest
 from pipeline.errors import Interrupted
 from pipeline.findings import (
     DataCheckReport,
@@ -24,7 +24,8 @@ from pipeline.findings import (
     twin,
 )
 from pipeline.graph import SOURCE_MODEL
-from pipeline.layout import CacheMode, Frozen
+from pipeline.layer_bits import LayerBits, layer_bits
+from pipeline.layout import BlockCache, CacheMode, Frozen
 from pipeline.origins import Origin, origins
 from pipeline.plan import Plan, PlannedNode
 from pipeline.run_record import NodeRecord, RunRecord, StageStatus
@@ -75,15 +76,20 @@ class StageReport(Frozen):
 
 
 class FinalModel(Frozen):
-    """The checkpoint that the pipeline is for."""
+    """The checkpoint or export that the pipeline is for."""
 
     node: str
     output: str  # as references name it, such as `quantize.model`
     type: str
     path: str
-    num_bits: int | None  # of its linear weights; None when dense
+    num_bits: int | None  # of its linear weights; None when dense, where layers differ (`layer_bits`), and of a GGUF file
     group_size: int | None
-    kv_cache: CacheMode | None  # how its cache is stored in INT8; None when 16-bit
+    kv_cache: CacheMode | BlockCache | None  # how its cache is stored in INT8; None when 16-bit
+
+    @property
+    def is_export(self) -> bool:
+        """A file that llama.cpp runs, and transformers does not."""
+        return self.type == Export.__name__
 
     @property
     def is_source(self) -> bool:
@@ -113,6 +119,7 @@ class Report(Frozen):
     data_checks: tuple[DataCheckReport, ...] = ()
     served: Served | None = None  # as planned; None where the recipe states no load
     origins: tuple[Origin, ...] = ()
+    layer_bits: tuple[LayerBits, ...] = ()  # of the final model, where its layers differ
     warnings: tuple[str, ...]
     error: str | None
 
@@ -157,6 +164,7 @@ def build_report(plan: Plan, record: RunRecord, error: BaseException | None = No
         data_checks=data_checks(plan, record.manifests),
         served=plan.served,
         origins=origins(plan),
+        layer_bits=layer_bits(plan.final_spec) if verdict == "complete" else (),
         warnings=tuple(warnings),
         error=(str(error) or type(error).__name__) if error else None,
     )
@@ -263,7 +271,7 @@ def _final(plan: Plan, record: RunRecord) -> FinalModel:
         output=str(plan.final),
         type=plan.graph.types[plan.final].__name__,
         path=str(record.run_dir / "model" if made else plan.source.path),
-        num_bits=packed.num_bits,
+        num_bits=None if layer_bits(plan.final_spec) else packed.num_bits,
         group_size=packed.group_size,
         kv_cache=plan.final_spec.kv_cache.mode,
     )

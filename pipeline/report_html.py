@@ -64,6 +64,7 @@ def render(report: Report, mark: str) -> tuple[str, list[str]]:
         problems=problems,
         more_tasks=max(0, len(plotted_tasks(report)) - MOST_TASKS),
         interval=_interval,
+        bits_rows=[(row.kind, *("" if width is None else width for width in row.bits)) for row in report.layer_bits],
         held=comparison(report),
         compared=COMPARED,
         comparison=comparison_rows(report),
@@ -106,8 +107,9 @@ def _commands(report: Report) -> Iterator[Command]:
     if report.final is None:
         return
     path = report.final.path
-    load = f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({path!r})"
-    yield Command("transformers", load, "")
+    if not report.final.is_export:
+        load = f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({path!r})"
+        yield Command("transformers", load, "")
     for line in report.serving:
         yield Command(line.engine, line.command.format(model=shlex.quote(path)), line.note)
 

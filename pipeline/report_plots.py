@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.report import Report
 from pipeline.target import format_size
@@ -34,6 +35,7 @@ STYLE: Any = {  # matplotlib's own settings
 WIDTH, ROW = 5.0, 0.36  # inches: one unit of the SVG is 1/72 of it, so that 11-point text is readable where 360 pixels are all there is
 LOG_FROM = 20.0  # largest by smallest value from which an axis is logarithmic
 MOST_TASKS = 20
+MOST_NUMBERED = 24  # layers whose bits are written into the map too
 TWO_SIDED_95 = 1.96  # standard errors
 
 
@@ -124,6 +126,32 @@ def positions(report: Report) -> Figure | None:
     return figure
 
 
+def bits(report: Report) -> Figure | None:
+    """Which layer has how many: the more, the darker."""
+    rows = report.layer_bits
+    if not rows:
+        return None
+    layers, most = max(len(row.bits) for row in rows), max(width for row in rows for width in row.bits if width)
+    figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(rows)))
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        for layer, width in enumerate(row.bits):
+            if width is not None:
+                shade = 0.7 * width / most  # so that numbers upon it can be read
+                axes.barh(place, 1, left=layer - 0.5, height=0.9, label=f"{width} bits", color=FINAL, alpha=shade, linewidth=0)
+                if layers <= MOST_NUMBERED:
+                    axes.annotate(str(width), (layer, place), ha="center", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.kind.rpartition(".")[2] for row in rows], fontsize=10)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("decoder layer")
+    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    widths = sorted(handles, key=lambda label: int(label.partition(" ")[0]))
+    figure.legend([handles[width] for width in widths], widths, loc="outside lower left", ncols=len(widths), fontsize=10, handlelength=1.2)
+    return figure
+
+
 def tasks(report: Report) -> Figure | None:
     """Shares with their 95 % intervals; other metrics have no place on one axis with them."""
     rows = plotted_tasks(report)[:MOST_TASKS]
@@ -185,6 +213,7 @@ def _falls(names: Sequence[str], values: Sequence[float], form: Callable[[float]
 PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "perplexity": perplexity,
     "size": size,
+    "bits": bits,
     "memory": memory,
     "positions": positions,
     "tasks": tasks,

@@ -156,9 +156,11 @@ def closing_lines(report: Report, mlflow: str, page: Path | None = None) -> list
     if report.final and not report.final.is_source:
         where = shown(report.final.path)
         lines.append(f"model    {where}")
-        lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
-        vllm = next((line for line in report.serving if line.engine == "vllm"), None)
-        lines += [f"serve    {vllm.command.format(model=where)}{f'   ({vllm.note})' if vllm.note else ''}"] if vllm else []
+        if not report.final.is_export:
+            lines.append(f'load     from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained("{where}")')
+        engine = "llama.cpp" if report.final.is_export else "vllm"
+        line = next((line for line in report.serving if line.engine == engine), None)
+        lines += [f"serve    {line.command.format(model=where)}{f'   ({line.note})' if line.note else ''}"] if line else []
     lines += [f"report   {shown(str(page))}"] if page else []
     lines += [f"{label:<8} {text}" for label, text in zip(("mlflow", ""), mlflow.splitlines(), strict=False)]
     return lines

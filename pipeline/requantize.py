@@ -14,7 +14,8 @@ from pipeline.stage import Stage, find_stage
 from pipeline.validated import validated
 from pipeline.wiring import Wiring
 
-REQUANTIZE = "requantize"
+REQUANTIZE, MIXED = "requantize", "mixed_precision"
+FORMAT = ("num_bits", "group_size", "symmetric", "ignore")
 
 
 def end_of_changes(recipe: Recipe) -> int:
@@ -34,14 +35,19 @@ def requantize(wiring: Wiring) -> None:
     if last is None or not issubclass(wiring.types[wiring.latest], DenseCheckpoint):
         return
     rtn = find_stage("rtn")
-    fields = list(rtn.Params.model_fields)
-    missing = [name for name in fields if not hasattr(last.stage.params, name)]
+    if getattr(last.stage.params, MIXED, None):
+        wiring.problems.append(
+            f"{REQUANTIZE}: {last.name} gives each layer its own bits, as measured before its weights were changed again; put the stages "
+            "sensitivity and rtn at the end of `order` instead"
+        )
+        return
+    missing = [name for name in FORMAT if not hasattr(last.stage.params, name)]
     if missing:
         wiring.problems.append(
             f"{REQUANTIZE}: {last.stage.name} has no {' and no '.join(missing)} to round with; put a stage rtn at the end of `order`"
         )
         return
-    params = validated(rtn.Params, {name: getattr(last.stage.params, name) for name in fields}, REQUANTIZE, wiring.problems)
+    params = validated(rtn.Params, {name: getattr(last.stage.params, name) for name in FORMAT}, REQUANTIZE, wiring.problems)
     if params is not None:
         why = f"{wiring.latest} is dense; rounded to nearest, in the format of {last.name}"
         wiring.append(wiring.numbered(REQUANTIZE), rtn(params), {"model": wiring.latest}, why)

@@ -28,6 +28,7 @@ from pipeline.report import Report, build_report
 from pipeline.report_table import print_report
 from pipeline.run_record import RunRecord
 from pipeline.serving import write_serving
+from pipeline.settled import settled_plan
 from pipeline.store import SHORT, Store, check_writable, explain_os_error, write_whole
 from pipeline.sweep.record import RunningJob
 from pipeline.target import format_size, free_disk, has_gpu
@@ -132,6 +133,7 @@ def _execute(plan: Plan, settings: Settings, store: Store, composed: str, server
     try:
         server.log = run_dir / "logs" / "forkserver.log"
         results = execute(plan, store, run_dir, listeners, server)
+        plan = settled_plan(plan, [result.node for result in results])
         _link_model(plan, store, run_dir)
     except LlmpressError as caught:
         error = caught

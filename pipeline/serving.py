@@ -1,23 +1,23 @@
 """How to serve a model, engine by engine: `serving.yaml` beside it, and the lines that a report ends with.
 
-Only what an engine is known to read is listed. An INT8 cache is a setting of the server, not of the checkpoint: no mainstream server loads
-calibrated INT8 scales, and all of these find a scale for each token and head by themselves.
-
-    vLLM        compressed-tensors weights; --kv-cache-dtype int8_per_token_head (vllm-project/vllm pull request 38378, Triton attention)
-    LMDeploy    dense weights; --quant-policy 8 (INT8 per token and head)
-    llama.cpp   a GGUF export; -ctk q8_0 -ctv q8_0, of which the second needs flash attention (-fa on)
+Which engine takes it, with which flags and remarks, is said by the rules that `mode=check` asks too (pipeline/engines/*.yaml), of the
+spec instead of the files. An INT8 cache is a setting of the server, not of the checkpoint: no mainstream server loads calibrated INT8
+scales, and all of these find their scales by themselves.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from pipeline.engine_contract import Answer, answers, model_place
+from pipeline.engine_facts import spec_facts
+from pipeline.engine_rules import engines
 from pipeline.layout import Frozen, WeightFormat
 from pipeline.spec import ModelSpec
 
 SERVING_FILE = "serving.yaml"
-VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)  # packed integer weights that vLLM has kernels for
+MODEL = "{model}"  # stands in a line for the model's folder
 
 
 class ServingLine(Frozen):
@@ -34,21 +34,15 @@ def packed_format(spec: ModelSpec) -> WeightFormat:
 
 
 def serving_lines(spec: ModelSpec) -> tuple[ServingLine, ...]:
-    return tuple(_lines(spec))
+    """Of the engines that answer requests and load it."""
+    facts = spec_facts(spec)
+    servers = {engine.name for engine in engines() if engine.server}
+    found = answers(facts, model_place(MODEL, facts), template=True)
+    return tuple(_line(answer) for answer in found if answer.loads and answer.engine in servers)
 
 
-def _lines(spec: ModelSpec) -> Iterator[ServingLine]:
-    packed, mode = packed_format(spec), spec.kv_cache.mode
-    stale = "the calibrated scales of this cache are read by llmpress alone; " if mode == "static" else ""
-    if packed.is_dense or (packed.num_bits in VLLM_BITS and packed.group_size in VLLM_GROUPS):
-        flag = " --kv-cache-dtype int8_per_token_head" if mode else ""
-        note = f"{stale}the flag finds a scale for each token and head instead" if stale else ""
-        yield ServingLine(engine="vllm", command=f"vllm serve {{model}}{flag}", note=note)
-    if packed.is_dense:
-        flag = " --quant-policy 8" if mode else ""
-        yield ServingLine(engine="lmdeploy", command=f"lmdeploy serve api_server {{model}}{flag}")
-    cache = " -ctk q8_0 -ctv q8_0 -fa on" if mode else ""
-    yield ServingLine(engine="llama.cpp", command=f"llama-server -m model.gguf{cache}", note="needs an export to GGUF first")
+def _line(found: Answer) -> ServingLine:
+    return ServingLine(engine=found.engine, command=found.command, note="; ".join(remark.says for remark in found.remarks))
 
 
 def serving_yaml(spec: ModelSpec, model: str, metrics: Mapping[str, float]) -> str:

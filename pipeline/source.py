@@ -10,16 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import (
-    SUFFIXES,
-    Checkpoint,
-    DataFormat,
-    Dataset,
-    DatasetSpec,
-    DenseCheckpoint,
-    QuantizedCheckpoint,
-    tokenizer_digest,
-)
+from pipeline.artifact import SUFFIXES, Checkpoint, Dataset, DenseCheckpoint, QuantizedCheckpoint, tokenizer_digest
+from pipeline.artifact_spec import DataFormat, DatasetSpec
 from pipeline.companions import CACHE_FILE, COMPANIONS
 from pipeline.errors import InputProblems, RecipeError
 from pipeline.headers import CheckpointFileError, TensorEntry, read_json, tensor_table

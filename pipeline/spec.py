@@ -9,132 +9,18 @@ disk: names, dtypes, shapes, hence bytes. Example: a 14336 x 4096 linear layer p
 import fnmatch
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from pipeline.errors import did_you_mean
+from pipeline.architecture import Architecture
+from pipeline.ggml import BLOCKS, tensor_bytes
 from pipeline.headers import ITEM_BYTES, TensorEntry
-from pipeline.layout import CacheMode, DType, Frozen, KVCacheSpec, ModuleGroup, WeightFormat
-from pipeline.model_config import CONFIGS, ModelConfig, QuantizationConfig, WithExperts, parse
+from pipeline.layout import BlockCache, CacheMode, DType, Frozen, KVCacheSpec, ModuleGroup, Sparsity, WeightFormat
+from pipeline.stored_format import LINEAR, stored_formats
 
-TORCH_DTYPES: dict[str, DType] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-EXPERT_NAMES = {  # of gate, up and down projection as they stand in files; transformers 5 stacks them in memory, and unstacks to save
-    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-}
+STATE = ".quant_state.bitsandbytes__"
 IGNORABLE = ("*rotary_emb.inv_freq",)  # left in files by old savers; recomputed by every reader
-
-
-class Experts(Frozen):
-    """What takes the place of the MLP in every decoder layer but `dense_layers`: several, of which a router picks some for each token."""
-
-    count: int
-    per_token: int
-    intermediate_size: int  # of each
-    dense_layers: tuple[int, ...] = ()  # have one MLP of the architecture's `intermediate_size`
-
-
-class Architecture(Frozen):
-    """The integers that decide every shape of a decoder-only model of the Llama family."""
-
-    model_type: str
-    dtype: DType
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position: int
-    tied: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    experts: Experts | None = None
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Architecture":
-        """Read a Hugging Face `config.json`. ValueError names the field that is missing or makes no sense."""
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in CONFIGS:
-            raise ValueError(f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), CONFIGS)}")
-        given = parse(CONFIGS[model_type], config, "config.json: ")
-        dtype = (given.dtype or given.torch_dtype or "float32").removeprefix("torch.")
-        if dtype not in TORCH_DTYPES:
-            raise ValueError(f"config.json: dtype {dtype!r} is not supported; there are: {', '.join(TORCH_DTYPES)}")
-        bias = bool(given.attention_bias) and model_type in ("llama", "qwen3", "qwen3_moe")
-        return cls(
-            model_type=model_type,
-            dtype=TORCH_DTYPES[dtype],
-            vocab_size=given.vocab_size,
-            hidden_size=given.hidden_size,
-            intermediate_size=given.intermediate_size,
-            num_layers=given.num_hidden_layers,
-            num_heads=given.num_attention_heads,
-            num_kv_heads=given.kv_heads,
-            head_dim=given.head_width,
-            max_position=given.max_position_embeddings,
-            tied=bool(given.tie_word_embeddings),
-            qkv_bias=bias or model_type == "qwen2",
-            o_bias=bias,
-            mlp_bias=bool(given.mlp_bias) and model_type == "llama",
-            qk_norm=model_type in ("qwen3", "qwen3_moe"),
-            experts=_experts(given),
-        )
-
-    def groups(self) -> Iterator[ModuleGroup]:
-        """Every module that has tensors."""
-        hidden, layers = self.hidden_size, tuple(range(self.num_layers))
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        yield ModuleGroup(name="model.embed_tokens", kind="embedding", shape=(self.vocab_size, hidden))
-        yield _norm("input_layernorm", hidden, layers)
-        yield _linear("self_attn.q_proj", (q, hidden), layers, self.qkv_bias)
-        yield _linear("self_attn.k_proj", (kv, hidden), layers, self.qkv_bias)
-        yield _linear("self_attn.v_proj", (kv, hidden), layers, self.qkv_bias)
-        yield _linear("self_attn.o_proj", (hidden, q), layers, self.o_bias)
-        if self.qk_norm:
-            yield _norm("self_attn.q_norm", self.head_dim, layers)
-            yield _norm("self_attn.k_norm", self.head_dim, layers)
-        yield _norm("post_attention_layernorm", hidden, layers)
-        dense = self.experts.dense_layers if self.experts else layers
-        if dense:
-            yield _linear("mlp.gate_proj", (self.intermediate_size, hidden), dense, self.mlp_bias)
-            yield _linear("mlp.up_proj", (self.intermediate_size, hidden), dense, self.mlp_bias)
-            yield _linear("mlp.down_proj", (hidden, self.intermediate_size), dense, self.mlp_bias)
-        if self.experts:
-            yield from self._expert_groups(self.experts, tuple(layer for layer in layers if layer not in dense))
-        yield ModuleGroup(name="model.norm", kind="norm", shape=(hidden,))
-        if not self.tied:
-            yield ModuleGroup(name="lm_head", kind="linear", shape=(self.vocab_size, hidden))
-
-    def _expert_groups(self, experts: Experts, layers: tuple[int, ...]) -> Iterator[ModuleGroup]:
-        block, gate, up, down = EXPERT_NAMES[self.model_type]
-        hidden, width, each = self.hidden_size, experts.intermediate_size, tuple(range(experts.count))
-        yield ModuleGroup(name=f"model.layers.{{layer}}.{block}.gate", kind="router", shape=(experts.count, hidden), layers=layers)
-        for name, shape in ((gate, (width, hidden)), (up, (width, hidden)), (down, (hidden, width))):
-            yield _linear(f"{block}.experts.{{expert}}.{name}", shape, layers).model_copy(update={"experts": each})
-
-
-def _experts(given: ModelConfig) -> Experts | None:
-    if not isinstance(given, WithExperts):
-        return None
-    return Experts(
-        count=given.num_local_experts,
-        per_token=given.experts_per_token,
-        intermediate_size=given.expert_width,
-        dense_layers=given.dense_layers,
-    )
-
-
-def _linear(name: str, shape: tuple[int, int], layers: tuple[int, ...], bias: bool = False) -> ModuleGroup:
-    return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="linear", shape=shape, layers=layers, bias=bias)
-
-
-def _norm(name: str, width: int, layers: tuple[int, ...]) -> ModuleGroup:
-    return ModuleGroup(name=f"model.layers.{{layer}}.{name}", kind="norm", shape=(width,), layers=layers)
 
 
 class ModelSpec(Frozen):
@@ -143,6 +29,7 @@ class ModelSpec(Frozen):
     architecture: Architecture
     groups: tuple[ModuleGroup, ...]
     kv_cache: KVCacheSpec
+    sparsity: Sparsity | None = None  # None: nothing is known of zeros among the weights
 
     @classmethod
     def of(cls, architecture: Architecture) -> "ModelSpec":
@@ -152,25 +39,17 @@ class ModelSpec(Frozen):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
-        """From a `config.json`, its compressed-tensors `quantization_config` included. ValueError where it cannot be."""
+        """From a `config.json`, its `quantization_config` included. ValueError where it cannot be."""
         spec = cls.of(Architecture.from_config(config))
         quantization = config.get("quantization_config")
         if quantization is None:
             return spec
-        method, layout = quantization.get("quant_method"), quantization.get("format")
-        if method != "compressed-tensors" or layout != "pack-quantized":
-            raise ValueError(f"the checkpoint is quantized as {method}/{layout}; only compressed-tensors/pack-quantized is read")
-        given = parse(QuantizationConfig, quantization, "config.json: quantization_config.")
-        groups = list(given.config_groups.values())
-        if len(groups) != 1 or groups[0].targets != ["Linear"] or groups[0].input_activations:
-            raise ValueError("the checkpoint mixes quantization schemes; only one weight-only scheme over all Linear layers is read")
-        weights = groups[0].weights
-        if weights.type != "int" or weights.strategy != "group":
-            raise ValueError(f"the checkpoint's weights are {weights.type} by {weights.strategy}; only int by group is read")
-        if weights.group_size is None or weights.group_size < 1:
-            raise ValueError(f"config.json: quantization_config: group_size is {weights.group_size}; groups need at least one column")
-        form = WeightFormat(num_bits=weights.num_bits, group_size=weights.group_size, symmetric=weights.symmetric)
-        return spec.with_format(form, tuple(given.ignore or ()))
+        stored, ignore = stored_formats(quantization)
+        if stored[0][0] == LINEAR:
+            return spec.with_format(stored[0][1], ignore)
+        names = [name for group in spec.linear_groups for name in group.module_names if not ignored(name, ignore)]
+        found = {name: next((form for targets, form in stored if ignored(name, targets)), None) for name in names}
+        return spec.with_formats({name: form for name, form in found.items() if form})
 
     @property
     def dtype(self) -> DType:
@@ -179,6 +58,16 @@ class ModelSpec(Frozen):
     @property
     def is_dense(self) -> bool:
         return all(group.format.is_dense for group in self.groups)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it stands in a GGUF file, where every group has one of llama.cpp's types."""
+        return any(group.format.ggml is not None for group in self.groups)
+
+    @property
+    def sparse_groups(self) -> tuple[ModuleGroup, ...]:
+        """Those that `sparsity` speaks of: the Linear layers of the decoder layers. A head stays dense."""
+        return tuple(group for group in self.linear_groups if group.layers)
 
     @property
     def linear_groups(self) -> tuple[ModuleGroup, ...]:
@@ -199,29 +88,57 @@ class ModelSpec(Frozen):
             if chosen and form.group_size and group.shape[1] % form.group_size:
                 misfits.append(f"{group.pattern} ({group.shape[1]})")
             groups += [part.model_copy(update={"format": form}) for part in chosen] + rest
+        self._refuse(misfits, form)
+        return self.model_copy(update={"groups": tuple(groups)})
+
+    def _refuse(self, misfits: list[str], form: WeightFormat) -> None:
+        """ValueError where there are layers, named with their columns, that cannot be stored as `form`."""
         if misfits:
-            named = ", ".join(misfits)
             common = math.gcd(*(group.shape[1] for group in self.linear_groups))
             fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if common % size == 0)
             raise ValueError(
-                f"group_size: {form.group_size} does not divide the columns of {named}; {fitting} divides those of every layer"
+                f"group_size: {form.group_size} does not divide the columns of {', '.join(misfits)}; {fitting} divides those of every layer"
             )
+
+    def with_formats(self, formats: Mapping[str, WeightFormat]) -> "ModelSpec":
+        """The Linear layers named in `formats` stored as it says, all others as they are.
+
+        Groups come out the same whatever led to the formats: those of one module kind in the order of their bits, dense ones last.
+        ValueError as of `with_format`.
+        """
+        groups: list[ModuleGroup] = []
+        for group in self.groups:
+            rest, wanted = [group], {formats[name] for name in group.module_names if name in formats}
+            for form in sorted(wanted, key=lambda form: form.num_bits or 0) if group.kind == "linear" else ():
+                self._refuse([f"{group.pattern} ({group.shape[1]})"] if form.group_size and group.shape[1] % form.group_size else [], form)
+                names = {name for name in group.module_names if formats.get(name) == form}
+                parts = [part.split(names.__contains__) for part in rest]
+                groups += [part.model_copy(update={"format": form}) for chosen, _ in parts for part in chosen]
+                rest = [part for _, others in parts for part in others]
+            groups += rest
         return self.model_copy(update={"groups": tuple(groups)})
 
     def dense(self) -> "ModelSpec":
-        """The same model with every weight dense, its cache layout kept."""
-        return ModelSpec.of(self.architecture).with_cache(self.kv_cache.mode)
+        """The same model with every weight dense, its cache layout and its zeros kept."""
+        return ModelSpec.of(self.architecture).with_cache(self.kv_cache.mode).with_sparsity(self.sparsity)
 
     def resized(self, architecture: Architecture) -> "ModelSpec":
-        """The dense model of another architecture, its cache stored as this one's.
+        """The dense model of another architecture, its cache stored as this one's; of its sparsity nothing is known, unless its layers
+        are some of this one's.
 
         ValueError for a mixture of experts: which experts, and which neurons of each, would go is not settled yet.
         """
         if self.architecture.experts:
             raise ValueError(f"experts are not pruned yet, and {self.architecture.model_type} has them; take the stage out of the order")
-        return ModelSpec.of(architecture).with_cache(self.kv_cache.mode)
+        fewer = self.architecture.model_copy(update={"num_layers": architecture.num_layers})
+        resized = ModelSpec.of(architecture).with_cache(self.kv_cache.mode)
+        return resized.with_sparsity(self.sparsity) if architecture == fewer else resized
 
-    def with_cache(self, mode: CacheMode | None) -> "ModelSpec":
+    def with_sparsity(self, sparsity: Sparsity | None) -> "ModelSpec":
+        """The same model, with that known of its zeros."""
+        return self.model_copy(update={"sparsity": sparsity})
+
+    def with_cache(self, mode: CacheMode | BlockCache | None) -> "ModelSpec":
         """The same model, its KV cache stored in that mode."""
         return self.model_copy(update={"kv_cache": self.kv_cache.model_copy(update={"mode": mode})})
 
@@ -238,7 +155,7 @@ class ModelSpec(Frozen):
     def nbytes(self) -> int:
         """Bytes of tensor data in the checkpoint's files, headers not counted."""
         return sum(
-            group.count * math.prod(shape) * ITEM_BYTES[dtype]
+            group.count * (tensor_bytes(dtype, shape) if dtype in BLOCKS else math.prod(shape) * ITEM_BYTES[dtype])
             for group in self.groups
             for dtype, shape in group.tensors(self.dtype).values()
         )
@@ -269,6 +186,7 @@ class ModelSpec(Frozen):
         problems = [f"{name} is missing" for name in expected if name not in table] + [f"{name} is unexpected" for name in extra]
         for name, (dtype, shape) in expected.items():
             found = table.get(name)
+            shape = found.shape if found and STATE in name else shape  # bitsandbytes' JSON is shorter where it was not padded
             if found and (found.dtype, found.shape) != (dtype, shape):
                 problems.append(f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
         return problems

@@ -36,14 +36,20 @@ from pipeline.target import Memory, Size, Target
 
 BUILT_IN = {
     "structured_prune": "stages.structured_prune:StructuredPrune",
+    "sparse_prune": "stages.sparse_prune:SparsePrune",
     "teacher_logits": "stages.teacher_logits:RecordTeacher",
+    "sensitivity": "stages.sensitivity:MeasureSensitivity",
     "distill": "stages.distill:Distill",
     "qlora": "stages.qlora:QLoRA",
     "rtn": "stages.rtn:RTN",
     "gptq": "stages.gptq:GPTQ",
     "awq": "stages.awq:AWQ",
+    "int8": "stages.int8:Int8",
+    "fp8": "stages.fp8:FP8",
+    "bnb": "stages.bnb:BitsAndBytes",
     "kv_cache": "stages.kv_cache:KVCache",
     "dequantize": "stages.dequantize:Dequantize",
+    "gguf": "stages.gguf:GGUF",
     "evaluate": "stages.evaluate:Evaluate",
     "data_check": "stages.data_check:DataCheck",
     "lm_eval": "stages.lm_eval:LMEval",
@@ -51,6 +57,7 @@ BUILT_IN = {
     "gate": "stages.gate:Gate",
 }
 ENTRY_POINT_GROUP = "llmpress.stages"
+MAIN = "main"  # the environment that llmpress itself is installed in
 HALVES = ("half",)  # in `lightens`: half of the number that is set, and so on down to 1
 
 
@@ -79,6 +86,7 @@ class Context:
 
     output: Path
     emit: Callable[[dict[str, Any]], None]
+    isolated: Callable[..., dict[str, Any]] | None = None  # calls `module:function` in the stage's environment (pipeline/isolated.py)
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Say how far a long loop is; cheap enough to be called for every item."""
@@ -123,6 +131,11 @@ class Stage(ABC):
     def __init__(self, params: Any = None, execution: Any = None) -> None:
         self.params = params if params is not None else self.Params()
         self.execution = execution if execution is not None else self.Execution()
+
+    @property
+    def env(self) -> str:
+        """The environment whose interpreter it calls for its backend: a lock file's name (pipeline/envs.py), or `main` for none."""
+        return MAIN
 
     @classmethod
     def from_dict(cls, params: Mapping[str, Any], execution: Mapping[str, Any] | None = None) -> "Stage":
@@ -175,6 +188,17 @@ class Stage(ABC):
     def unused(self) -> frozenset[str]:
         """Input ports that these parameters leave unused: they are not wired and not part of the key."""
         return frozenset()
+
+    def given(self, kinds: Mapping[str, type[Artifact]]) -> "Stage":
+        """The stage as it is for inputs of these types (by port), where another library computes on one of them."""
+        return self
+
+    def refusals(self, folder: Path) -> list[str]:
+        """Why it cannot work on the model that has the files of `folder`, where no spec says it: its config.json, its tokenizer.
+
+        Stages copy these from model to model, so that a plan hands in the source's; weights are not to be looked at.
+        """
+        return []
 
     def unmade(self) -> frozenset[str]:
         """Output ports that these parameters leave out. Where one port is left, it is the artifact itself, as of a stage with one."""

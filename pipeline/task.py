@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import compose
+from pipeline.check import check_checkpoint
 from pipeline.errors import Interrupted, LlmpressError, RecipeError, sentences
 from pipeline.objectives import Returned, objectives
 from pipeline.parent import end_with_parent
 from pipeline.process import ForkServer
-from pipeline.recipe import read_config, read_settings
+from pipeline.recipe import Settings, read_config, read_settings
 from pipeline.run import collect_unused, run_pipeline
 from pipeline.sweep.record import RunningJob
 
@@ -84,6 +85,8 @@ def _run(config: DictConfig, job: RunningJob | None = None) -> Returned:
     content = {str(key): value for key, value in plain.items()}
     if content.get("mode") == "gc":
         return collect_unused(read_settings(content))
+    if content.get("mode") == "check":
+        return _check(read_settings(content))
     name = HydraConfig.get().runtime.choices.get("recipe")
     if name is None:
         raise RecipeError(f"no recipe is chosen; write recipe=<name>\n\n{compose.recipe_list()}")
@@ -93,6 +96,12 @@ def _run(config: DictConfig, job: RunningJob | None = None) -> Returned:
     composed = OmegaConf.to_yaml(config, resolve=True)
     metrics = run_pipeline(recipe, settings, composed, compose.resources(), fork_server(), job)
     return objectives(metrics, settings.objectives if settings.mode == "run" else None)
+
+
+def _check(settings: Settings) -> Returned:
+    if HydraConfig.get().runtime.choices.get("recipe") is not None:
+        raise RecipeError("recipe: mode=check looks at a checkpoint and reads no recipe; leave it out and write path=/folder")
+    return check_checkpoint(settings, compose.resources())
 
 
 def _in_another_process() -> bool:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.artifact import Artifact, Checkpoint, DatasetSpec, Spec, has_chat_template, tokenizer_digest
+from pipeline.artifact import Artifact, Checkpoint, has_chat_template, tokenizer_digest
+from pipeline.artifact_spec import DatasetSpec, Spec
 from pipeline.graph import Node, Ref
 
 TASKS_PORT = "tasks"

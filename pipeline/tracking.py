@@ -217,8 +217,11 @@ def short_name(plan: Plan) -> str:
 
 
 def short_stage(node: PlannedNode) -> str:
-    """A quantizing stage by its method, width and unusual group size (`gptq4g64`), any other by the recipe's own name for it."""
+    """A quantizing stage by its method, width (`gptq4.5`: a budget, of scales too) and unusual group size (`gptq4g64`), any other by the
+    recipe's own name for it."""
     num_bits = getattr(node.stage.params, "num_bits", None)
+    if mixed := getattr(node.stage.params, "mixed_precision", None):
+        num_bits = f"{mixed.budget_bits:g}"
     if num_bits is None:
         return node.name.partition("@")[0]
     group_size = non_default(node.stage.params).get("group_size")

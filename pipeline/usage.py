@@ -67,3 +67,27 @@ def environment() -> dict[str, str]:
     if cuda:
         found["gpu"] = cuda.get_device_name()
     return found
+
+
+def out_of_memory_kills() -> int:
+    """How many processes of this control group (v2 or v1) the kernel has killed for lack of memory; 0 where it does not say."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return 0
+    count = 0
+    for _, controllers, path in groups:
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.events"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+        else:
+            continue
+        for folder in (root / path.lstrip("/"), root):  # in a container, the path may be the host's and the root one's own
+            try:
+                fields = dict(line.split() for line in (folder / name).read_text().splitlines())
+            except OSError:
+                continue
+            count = max(count, int(fields.get("oom_kill", 0)))
+            break
+    return count

@@ -1,7 +1,7 @@
 """Ports wired and types checked: a recipe's `order` becomes a graph of nodes, or every reason why it cannot.
 
 Default wiring, so that a recipe reads like a sentence:
-    model, student   the latest checkpoint before it (reports are skipped)
+    model, student   the latest checkpoint before it, or export if it takes one (reports are skipped)
     reference        the source model
     a Dataset port   the split of the same name, `calibration` <- data.calibration
     anything else    must be named under `inputs`: `teacher: model` is the source model, `teacher: models.large` another model that
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count as count_from
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact import MODELS, Artifact, Checkpoint, Dataset, DenseCheckpoint, Export, QuantizedCheckpoint
 from pipeline.errors import did_you_mean
 from pipeline.graph import LATEST_PORTS, REFERENCE_PORT, SOURCE_MODEL, Node, Ref, worked_on
 from pipeline.recipe import Recipe
@@ -33,7 +33,8 @@ class Wiring:
     sources: Mapping[Ref, type[Checkpoint]]
     problems: list[str]
     nodes: list[Node] = field(default_factory=list)
-    latest: Ref = SOURCE_MODEL
+    latest: Ref = SOURCE_MODEL  # checkpoint or export
+    checkpoint: Ref = SOURCE_MODEL  # the latest one
 
     def __post_init__(self) -> None:
         self.types: dict[Ref, type[Artifact]] = dict(self.sources)
@@ -68,23 +69,24 @@ class Wiring:
         return next(label for count in count_from(1) if (label := f"{name}@{count}" if count > 1 else name) not in taken)
 
     def append(self, name: str, stage: Stage, inputs: Mapping[str, Ref], why: str = "", at: int | None = None) -> Node:
-        """A node with these inputs, last or at that place. The latest checkpoint is its own, if it makes one."""
-        node = Node(name, stage, inputs, why)
+        """A node with these inputs, last or at that place. The latest checkpoint or export is its own, if it makes one."""
+        node = Node(name, stage.given({port: self.types[ref] for port, ref in inputs.items()}), inputs, why)
         self.nodes.insert(len(self.nodes) if at is None else at, node)
         for port in stage.outputs().values():
             kind = self.types[inputs[port.follows]] if port.follows and port.follows in inputs else port.accepts[0]
             ref = Ref(node.name, port.name)
             self.types[ref] = kind
-            if issubclass(kind, Checkpoint):
+            if issubclass(kind, MODELS):
                 self.latest = ref
+                self.checkpoint = self.checkpoint if issubclass(kind, Export) else ref
         return node
 
     def _wire(self, name: str, port: Port, written: str | None) -> Ref | None:
         """The output that feeds one port, converted if need be; None for an open optional port or after noting a problem."""
         if written is not None:
             ref = self._lookup(name, port, written)
-        elif port.name in LATEST_PORTS and any(issubclass(kind, Checkpoint) for kind in port.accepts):
-            ref = self.latest
+        elif port.name in LATEST_PORTS and any(issubclass(kind, MODELS) for kind in port.accepts):
+            ref = self.latest if port.takes(self.types[self.latest]) else self.checkpoint
         elif port.name == REFERENCE_PORT:
             ref = SOURCE_MODEL
         elif issubclass(port.accepts[0], Dataset) and port.name in self.recipe.data.splits:

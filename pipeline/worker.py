@@ -23,7 +23,9 @@ from typing import Any, Literal, TextIO
 
 from pydantic import TypeAdapter
 
-from pipeline.artifact import TYPES, Artifact, Checkpoint, Spec
+from pipeline.artifact import TYPES, Artifact, Checkpoint
+from pipeline.artifact_spec import Spec
+from pipeline.isolated import Isolated, IsolatedFailure, Kind, Returned
 from pipeline.layout import Frozen
 from pipeline.parent import end_with_parent
 from pipeline.spec import ModelSpec
@@ -41,7 +43,6 @@ LIBRARY_DEFAULTS = {
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 DISK_FULL = ("no space left on device", "disk quota exceeded")
 
-Kind = Literal["error", "memory", "input", "disk"]
 EXIT_CODES: dict[Kind, int] = {"error": 1, "input": 2, "memory": 3, "disk": 4}  # a full disk may leave no response.json to read
 
 
@@ -64,6 +65,7 @@ class Request(Frozen):
     inputs: dict[str, InputArtifact | None]
     expected: dict[str, Spec]  # by output port, as the plan inferred them
     types: dict[str, str]  # by output port, names of artifact types
+    interpreter: Path | None = None  # of the isolated backend that the stage calls; None: it calls none
 
 
 class OutputArtifact(Frozen):
@@ -127,15 +129,9 @@ def run_job(folder: Path) -> int:
     try:
         request = Request.model_validate_json((folder / "request.json").read_bytes())
         with open(folder / "events.jsonl", "a", encoding="utf-8") as stream:
-            outputs, floor = _execute(request, EventLog(stream))
-        response = Success(
-            outputs=outputs,
-            seconds=time.monotonic() - started,
-            peak_rss=peak_rss(),
-            floor_rss=floor,
-            peak_vram=peak_vram(),
-            environment=environment(),
-        )
+            isolated = Isolated(request.interpreter, folder, request.output) if request.interpreter else None
+            outputs, floor = _execute(request, EventLog(stream), isolated)
+        response = _success(outputs, time.monotonic() - started, floor, isolated.returned if isolated else [])
         code = 0
     except BaseException as error:  # sys.exit() in a stage too: whatever ended it must become a sentence
         _limit_memory(None)  # so that memory is left to say so
@@ -153,7 +149,16 @@ def run_job(folder: Path) -> int:
     return code
 
 
-def _execute(request: Request, log: EventLog) -> tuple[dict[str, OutputArtifact], int | None]:
+def _success(outputs: dict[str, OutputArtifact], seconds: float, floor: int | None, calls: list[Returned]) -> Success:
+    """With the memory of whichever took more beyond its libraries: this process, or the isolated interpreter that it waited for."""
+    own = (peak_rss(), floor, peak_vram())
+    used = [own, *((call.peak_rss, call.floor_rss, call.peak_vram) for call in calls)]
+    peak, base, vram = max(used, key=lambda memory: memory[0] - (memory[1] or 0))
+    isolated = {f"isolated.{name}": value for call in calls for name, value in call.environment.items()}
+    return Success(outputs=outputs, seconds=seconds, peak_rss=peak, floor_rss=base, peak_vram=vram, environment=environment() | isolated)
+
+
+def _execute(request: Request, log: EventLog, isolated: Isolated | None) -> tuple[dict[str, OutputArtifact], int | None]:
     """What the stage made, by output port, and the bytes that were resident before it began."""
     stage = find_stage(request.stage).from_dict(request.params, request.execution)
     _limit_memory(stage.execution.memory_limit)
@@ -162,13 +167,13 @@ def _execute(request: Request, log: EventLog) -> tuple[dict[str, OutputArtifact]
         for port, given in request.inputs.items()
     }
     floor = resident()
-    made = _by_port(request, stage.run(Context(request.output, log.emit), **inputs))
-    for port, artifact in made.items():
-        if isinstance(artifact, Checkpoint):
-            _guard(artifact, request.expected[port])
+    made = _by_port(request, stage.run(Context(request.output, log.emit, isolated), **inputs))
+    found = {port: _guard(artifact, request.expected[port]) for port, artifact in made.items() if isinstance(artifact, Checkpoint)}
     outputs = {
         port: OutputArtifact(
-            type=type(artifact).__name__, path=artifact.path.relative_to(request.output).as_posix(), metrics=dict(artifact.metrics)
+            type=type(artifact).__name__,
+            path=artifact.path.relative_to(request.output).as_posix(),
+            metrics=dict(artifact.metrics) | found.get(port, {}),
         )
         for port, artifact in made.items()
     }
@@ -190,16 +195,19 @@ def _by_port(request: Request, made: Any) -> dict[str, Artifact]:
     return artifacts
 
 
-def _guard(checkpoint: Checkpoint, expected: Spec) -> None:
+def _guard(checkpoint: Checkpoint, expected: Spec) -> dict[str, float]:
+    """What was measured on the way."""
     from stages.runtime.guard import check_checkpoint  # here, because it imports torch, which not every stage needs
 
     assert isinstance(expected, ModelSpec), "a checkpoint's spec is a ModelSpec"
-    check_checkpoint(checkpoint.path, expected)
+    return check_checkpoint(checkpoint.path, expected)
 
 
 def explain(error: BaseException) -> tuple[Kind, str]:
     """What ended a stage, as a kind and one sentence. Causes count: libraries wrap a failed allocation in errors of their own."""
     sentence = " ".join(str(error).split())
+    if isinstance(error, IsolatedFailure):
+        return error.kind, sentence
     for cause in _causes(error):
         text = str(cause).lower()
         if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError | OSError) and any(s in text for s in OUT_OF_MEMORY)):

@@ -2,19 +2,22 @@
 
 import math
 from collections import Counter
+from typing import Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work, attention_flops
 from pipeline.spec import ModelSpec
-from pipeline.stage import HALVES, Context, Stage
+from pipeline.stage import HALVES, MAIN, Context, Stage
 from pipeline.target import Memory, Target
+from stages.runtime.backends import AWQ_BACKENDS, Backend, backend_memory, backend_sentences, check_backend
 from stages.runtime.peak_memory import layer_bytes, peak
 from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, batch_memory, calibration_memory
 from stages.runtime.smoothing import has_grouped_queries, smoothings
-from stages.runtime.stage_work import calibrating
+from stages.runtime.stage_work import calibrated_clipping, calibrating
 from stages.runtime.training_settings import check_windows
 
 SEARCH_TRAFFIC = 320  # bytes moved for each weight of a candidate: 38e6 weights a second of one core, at 0.4 of the 31 GB/s it copies with
@@ -34,6 +37,9 @@ class AWQ(Stage):
     is moved to the GPU, where there is one; the others wait in RAM or, with `offload: disk`, in their files. The division
     is folded into norms and preceding layers (stages/runtime/smoothing.py), whose tensors therefore differ from the source's.
 
+    `backend` is the library that searches and rounds: llm-compressor, or autoawq or gptqmodel, each in an environment of its own
+    (stages/runtime/backends.py); what comes of it is the same kind of checkpoint.
+
     Asymmetric by default, unlike gptq and rtn: the authors' code and AutoAWQ (`zero_point: true`) round that way.
     """
 
@@ -45,6 +51,7 @@ class AWQ(Stage):
         symmetric: bool = False
         n_grid: int = Field(default=20, ge=3)  # values of r tried for each module, no scaling at all among them
         duo_scaling: bool = True
+        backend: Literal["llmcompressor", "autoawq", "gptqmodel"] = "llmcompressor"
 
     class Execution(CalibrationExecution):
         pass
@@ -52,8 +59,17 @@ class AWQ(Stage):
     params: Params
     execution: Execution
 
+    @property
+    def backend(self) -> Backend | None:
+        return AWQ_BACKENDS.get(self.params.backend)
+
+    @property
+    def env(self) -> str:
+        return self.backend.env if self.backend else MAIN
+
     def infer(self, model: ModelSpec, calibration: DatasetSpec) -> ModelSpec:
         quantized = self.params.apply(model)
+        check_backend(self.backend, self.params, self.execution, model)
         check_windows(self.params.num_samples, self.params.max_length, calibration, model)
         return quantized
 
@@ -76,6 +92,8 @@ class AWQ(Stage):
                 {"activations of one batch": batch_memory(self.params, model, self.execution.batch_size)},
             ),
         }
+        if self.backend:
+            return backend_memory(self.backend, self.params, self.execution, model, search, self.on_gpu(target))
         kept = {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
         on_gpu = self.on_gpu(target)
         held = calibration_memory(self.params, self.execution, model, packed, changed, kept if on_gpu else kept | search)
@@ -97,10 +115,13 @@ class AWQ(Stage):
             nbytes += SEARCH_TRAFFIC * sum(sizes[name] for name in pair.balance)
             changed |= {pair.smooth, *pair.balance}
         searching = Work(flops=(p.n_grid + 1) * p.tokens * flops, nbytes=p.n_grid * nbytes)
-        return calibrating(p, self.execution, model, packed, changed, calibration) + searching
+        found = calibrated_clipping(packed, p.ranges)
+        return calibrating(p, self.execution, model, packed, changed, calibration) + searching + found
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
-        shape, sentences = model.architecture, self.params.explain()
+        shape, sentences = model.architecture, self.params.explain() + backend_sentences(self.backend)
+        if self.params.observer == "mse":
+            sentences.append("observer mse: scales are searched with whole ranges, as llm-compressor does; then the weights are clipped")
         if has_grouped_queries(model):
             sentences.append(
                 f"o_proj is rounded without scaling: {shape.num_heads} query heads share {shape.num_kv_heads} KV heads, "
@@ -109,6 +130,12 @@ class AWQ(Stage):
         return sentences
 
     def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset) -> QuantizedCheckpoint:
+        if self.backend:
+            from stages.runtime.isolated_quantization import quantize_isolated
+
+            names = {"num_bits", "group_size", "symmetric", "duo_scaling"} & self.backend.honours
+            settings = self.params.model_dump(include=names) | {"batch_size": self.execution.batch_size}
+            return quantize_isolated(ctx, model, calibration, self.params, self.backend, settings, folds_scales=True)
         import torch
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.awq import AWQMapping
@@ -124,7 +151,7 @@ class AWQ(Stage):
             duo_scaling=params.duo_scaling,
             offload_device=torch.device("cpu"),  # one layer's inputs for all windows; the library would keep them on the accelerator
         )
-        scheme, ignore = scheme_of(params.format), list(params.ignored_names(source))
+        scheme, ignore = scheme_of(params.format, observer=params.ranges), list(params.ignored_names(source))
         round_to_nearest = QuantizationModifier(config_groups={"group_0": scheme}, ignore=ignore)
         searched = {pair.searched: params.n_grid + 1 for pair in pairs}  # once dense, then for every r
         return quantize_calibrated(ctx, model, calibration, params, self.execution, [scale, round_to_nearest], searched=searched)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.artifact import Benchmark, Checkpoint
+from pipeline.artifact import Benchmark, Checkpoint, Export
 from pipeline.errors import InputProblems
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
@@ -42,6 +42,8 @@ class BenchmarkStage(Stage):
     the time of dense ones; a checkpoint with a `kv_cache.json` keeps its INT8 cache. `weights_bytes` (of the loaded model) and
     `cache_bytes_b8` (at the longest) are measured. engine vllm: `vllm.LLM` in this process, with its own kernels for packed weights;
     seconds of decoding are those of the whole less those of prefill. It takes most of the VRAM in advance, whatever the model needs.
+    engine llama.cpp: a GGUF export on the CPU, flash attention on, its INT8 cache as q8_0 where it has one. `weights_bytes` are those of
+    the file, which is mapped. Its integer products can be faster than the FLOP/s that are measured, which are of the model's dtype.
     """
 
     name, version = "benchmark", 1
@@ -51,7 +53,7 @@ class BenchmarkStage(Stage):
     class Params(Stage.Params):
         """All of it, the device too, changes what is measured."""
 
-        engine: Literal["transformers", "vllm"] = "transformers"
+        engine: Literal["transformers", "vllm", "llama.cpp"] = "transformers"
         device: Literal["auto", "cpu", "cuda"] = "auto"
         batch_sizes: tuple[int, ...] = Field(default=(1, 8), min_length=1)
         prompt_tokens: int = Field(default=256, ge=1)
@@ -68,8 +70,10 @@ class BenchmarkStage(Stage):
 
         @model_validator(mode="after")
         def _has_an_effect(self) -> "BenchmarkStage.Params":
-            if self.engine == "transformers" and self.tensor_parallel_size > 1:
-                raise ValueError("tensor_parallel_size: transformers computes on one device here; leave it out or write engine: vllm")
+            if self.engine != "vllm" and self.tensor_parallel_size > 1:
+                raise ValueError(f"tensor_parallel_size: {self.engine} computes on one device here; leave it out or write engine: vllm")
+            if self.engine == "llama.cpp" and self.device == "cuda":
+                raise ValueError("device: llama.cpp computes on the CPU here; leave it out or write device: cpu")
             if self.engine == "vllm" and self.device == "cpu":
                 raise ValueError("device: vllm is measured on GPUs; leave it out or write engine: transformers")
             return self
@@ -80,12 +84,19 @@ class BenchmarkStage(Stage):
         super().__init__(params, execution)
         if self.params.engine == "vllm":
             self.libraries = (*self.libraries, "vllm")
+        if self.params.engine == "llama.cpp":
+            self.libraries = ("torch", "llama-cpp-python")
 
     def on_gpu(self, target: Target) -> bool:
-        return target.cuda and self.params.device != "cpu"
+        return target.cuda and self.params.device != "cpu" and self.params.engine != "llama.cpp"
 
     def infer(self, model: ModelSpec) -> None:
         p, shape, problems = self.params, model.architecture, []
+        if model.is_gguf != (p.engine == "llama.cpp"):
+            held, instead = (
+                ("a GGUF file", "engine: llama.cpp") if model.is_gguf else ("no GGUF file", "another engine, or put gguf before it")
+            )
+            problems.append(f"engine: the model is {held}, and {p.engine} was asked for; write {instead}")
         if p.prompt_tokens + p.new_tokens > shape.max_position:
             problems.append(
                 f"prompt_tokens: {p.prompt_tokens} and {p.new_tokens} new_tokens are more than the model's {shape.max_position} positions; "
@@ -107,7 +118,7 @@ class BenchmarkStage(Stage):
         p, shape, item, on_gpu = self.params, model.architecture, ITEM_BYTES[model.dtype], self.on_gpu(target)
         held, load = as_engine_holds(model, p.engine), self.loads[-1]
         beside, loaded = resident_memory("model", model, on_gpu)
-        if p.engine == "vllm":
+        if p.engine == "vllm" or not (model.is_dense or held.is_dense):
             beside, loaded = {}, {"model, packed as in its files": model.nbytes}
         tokens = load.batch * (load.prompt_tokens + load.new_tokens)
         running = {
@@ -136,11 +147,11 @@ class BenchmarkStage(Stage):
         return [Load(batch, p.prompt_tokens, p.new_tokens) for batch in p.batch_sizes]
 
     def explain(self, model: ModelSpec) -> list[str]:
-        if self.params.engine == "vllm" or model.is_dense:
+        if self.params.engine != "transformers" or model.is_dense or not as_engine_holds(model, "transformers").is_dense:
             return []
         return ["transformers multiplies packed weights out: memory and speed are those of the dense model, not of packed kernels"]
 
-    def run(self, ctx: Context, model: Checkpoint) -> Benchmark:
+    def run(self, ctx: Context, model: Checkpoint | Export) -> Benchmark:
         import torch
 
         from stages.runtime.benchmarking import measure, measure_peaks
@@ -173,11 +184,15 @@ class BenchmarkStage(Stage):
         ctx.note(measured.sentence())
         return Benchmark(ctx.output, metrics=measured.metrics())
 
-    def _engine(self, model: Checkpoint) -> "Engine":
+    def _engine(self, model: Checkpoint | Export) -> "Engine":
         from stages.runtime.benchmarking import TransformersEngine
         from stages.runtime.vllm_engine import VLLMEngine
 
         p = self.params
+        if isinstance(model, Export):
+            from stages.runtime.llama_cpp_speed import LlamaCppEngine
+
+            return LlamaCppEngine(model, p.prompt_tokens + p.new_tokens, max(p.batch_sizes))
         if p.engine == "transformers":
             return TransformersEngine(model.path, p.device)
         return VLLMEngine(model, p.prompt_tokens + p.new_tokens, max(p.batch_sizes), p.tensor_parallel_size)

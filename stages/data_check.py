@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.artifact import Dataset, DatasetSpec, EvalReport
+from pipeline.artifact import Dataset, EvalReport
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.errors import InputProblems
 from pipeline.roofline import Work
 from pipeline.stage import Context, Stage

@@ -12,7 +12,8 @@ from stages.runtime.stage_work import publishing, reading
 class Dequantize(Stage):
     """Multiply every packed weight out into the model's dtype, as transformers does when it loads the checkpoint.
 
-    Streams tensor by tensor. Nothing of the format is left over: no scales, no `quantization_config`.
+    Streams tensor by tensor. Nothing of the format is left over: no scales, no `quantization_config`, no rounding of what the weights
+    are multiplied with.
     """
 
     name, version = "dequantize", 1
@@ -29,10 +30,13 @@ class Dequantize(Stage):
         return reading(model) + publishing(model.dense())
 
     def explain(self, model: ModelSpec) -> list[str]:
-        return [
+        said = [
             "the rounding error is now baked into dense weights; the bytes saved are lost until a quantize stage runs again "
             f"({model.bits_per_weight:.2f} -> {model.dense().bits_per_weight:.2f} bits per weight)"
         ]
+        if any(group.format.rounds_inputs for group in model.linear_groups):
+            said.append("inputs of the layers are rounded no more: dense weights alone compute closer to the source model")
+        return said
 
     def run(self, ctx: Context, model: QuantizedCheckpoint) -> DenseCheckpoint:
         from stages.runtime.packing import packed_formats, unpack_weight
@@ -41,10 +45,11 @@ class Dequantize(Stage):
         source, reader = model.model_spec, TensorReader(model.path)
         spec, formats, dtype = source.dense(), packed_formats(source), DTYPES[source.dtype]
         dense = spec.tensors()
+        modules = {f"{module}.{form.stored}": module for module, form in formats.items()}
         with CheckpointWriter(ctx.output) as writer:
             for done, name in enumerate(reader.table, 1):
-                module = name.removesuffix(".weight_packed")
-                if module in formats:
+                module = modules.get(name, "")
+                if module:
                     parts = formats[module].tensors((1, 1), source.dtype)
                     packed = {part: reader.read(f"{module}.{part}") for part in parts}
                     writer.add(f"{module}.weight", unpack_weight(packed, formats[module], dtype))

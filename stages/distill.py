@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec, TeacherLogits
+from pipeline.artifact import Checkpoint, Dataset, DenseCheckpoint, TeacherLogits
+from pipeline.artifact_spec import DatasetSpec, LogitsSpec
 from pipeline.errors import InputProblems
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
@@ -16,6 +17,7 @@ from pipeline.target import Memory, Target
 from stages.runtime.launch import ALONE, launch, read_config
 from stages.runtime.lora_settings import adapter_spec, check_rank, loading_memory, nf4_bytes
 from stages.runtime.peak_memory import peak
+from stages.runtime.sparsity_settings import MERGED_ZEROS, described, sparse_names
 from stages.runtime.stage_work import forward_flops, merging, micro_batches, publishing, reading, tokenizing, training, unpacking_nf4
 from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, activation_memory
 
@@ -161,6 +163,9 @@ class Distill(Stage):
         if p.method == "lora":
             count = adapter_spec(student, p.adapter.rank).num_parameters
             said.append(f"method lora: trains {count:,} weights beside the student in NF4, then merges them into its original weights")
+        if student.sparsity:
+            kept = MERGED_ZEROS if p.method == "lora" else "only the other weights are trained"
+            said.append(f"zeros stay zero ({described(student)}): {kept}")
         return said
 
     def run(
@@ -188,11 +193,12 @@ class Distill(Stage):
         if p.method == "full":
             trainee = full_trainee(student, device, progress)
         else:
-            trainee = lora_trainee(student, device, DTYPES[p.dtype], p.adapter, p.seed, work, progress)
+            trainee = lora_trainee(student, device, DTYPES[p.dtype], p.adapter, p.seed, work, progress, ctx.note)
         if self.execution.gradient_checkpointing:
             trainee.model.gradient_checkpointing_enable({"use_reentrant": False})
         module = DistillationLoss(trainee.model, guide, p.temperature, p.alpha)
-        metrics = fit(ctx, module, samples, stack, p, self.execution, work)
+        sparse = {f"student.{name}" for name in sparse_names(student.model_spec)}
+        metrics = fit(ctx, module, samples, stack, p, self.execution, work, sparse)
         ctx.note(f"training loss: {metrics['first_train_loss']:.3f} at the start, {metrics['train_loss']:.3f} at the end")
         trainee.write(ctx.output)
         if process_index() == 0 and work.exists():

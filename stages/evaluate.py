@@ -1,12 +1,14 @@
 """How good a checkpoint is, alone and beside the model it was made from. Speed and memory are another stage's matter."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, EvalReport, tokenizer_digest
+from pipeline.artifact import Artifact, Checkpoint, Dataset, EvalReport, Export, tokenizer_digest
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
@@ -18,6 +20,9 @@ from stages.runtime.scheme import unpacking_memory
 from stages.runtime.stage_work import TOKEN_BYTES, forward_flops, reading, tokenizing
 from stages.runtime.windows import HIDDEN_STATES, LOGITS_BUFFERS, LOGITS_BUFFERS_ALONE, LOGITS_BYTES, batches, cut_windows
 
+if TYPE_CHECKING:
+    from stages.runtime.scoring import Scorer
+
 METRICS = (
     "perplexity", "nll_per_token", "bits_per_byte", "kl_divergence", "kl_divergence_p99", "top1_agreement",
     "kv_cache_perplexity_change_pct", "kv_cache_kl_divergence",
@@ -26,6 +31,9 @@ METRICS = (
 
 class Evaluate(Stage):
     """Perplexity on held-out documents; against a reference also KL divergence and top-1 agreement, token by token.
+
+    Transformers computes a checkpoint, llama.cpp an export (on the CPU, from the same token ids, which it must read in the text as
+    well); a reference is always a checkpoint.
 
     Every token but a document's first is scored once, in windows of `max_length` tokens (stages/runtime/windows.py).
     Metrics: `perplexity`, `nll_per_token` (nats), `bits_per_byte` (of the documents' UTF-8), `tokens` (scored), `documents`,
@@ -49,7 +57,7 @@ class Evaluate(Stage):
     """
 
     name, version = "evaluate", 2
-    libraries = ("torch", "transformers", "compressed-tensors")
+    libraries: tuple[str, ...] = ("torch", "transformers", "compressed-tensors")
     lightens = {"execution.batch_size": HALVES, "execution.mode": ("layerwise",), "execution.hidden_states": (1 << 30,)}
 
     class Params(Stage.Params):
@@ -72,11 +80,19 @@ class Evaluate(Stage):
     def measures(self) -> tuple[str, ...]:
         return METRICS
 
+    def given(self, kinds: Mapping[str, type[Artifact]]) -> "Evaluate":
+        runs_llama_cpp = issubclass(kinds.get("model", Checkpoint), Export)
+        computing = type(self)(self.params, self.execution)
+        computing.libraries = (*type(self).libraries, "llama-cpp-python") if runs_llama_cpp else type(self).libraries
+        return computing
+
     def window(self, model: ModelSpec) -> int:
         return min(self.params.max_length, model.architecture.max_position)
 
     def memory(self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None = None) -> Memory:
         """The models compute one after the other, and then their logits are compared. Resident models keep their blocks for that."""
+        if model.is_gguf:
+            return self._memory_beside_llama_cpp(model, eval, target, reference)
         models = [("model", model)] + ([("reference", reference)] if reference else [])
         held, items = self._weights(models, eval, self.on_gpu(target))
         tokens, computing = self.execution.batch_size * self.window(model), [0]
@@ -100,6 +116,15 @@ class Evaluate(Stage):
         held["the dataset's text and token ids"] = 10 * eval.nbytes
         return Memory(ram=held, vram=items) if self.on_gpu(target) else Memory(ram=held | items)
 
+    def _memory_beside_llama_cpp(self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None) -> Memory:
+        """The file is mapped, and read whole. A reference computes first, and its logits are compared chunk by chunk."""
+        beside = self.memory(reference.with_cache(None), eval, target) if reference else Memory()
+        ordinary = model.with_cache(None).kv_cache.bytes_per_token
+        cache = ordinary + (model.kv_cache.bytes_per_token if model.kv_cache.mode else 0)
+        logits = LOGITS_BUFFERS * min(LOGITS_BYTES, 4 * self.window(model) * model.architecture.vocab_size)
+        items = {"the GGUF file, mapped": model.nbytes, "llama.cpp's KV cache": self.window(model) * cache, "logits": logits}
+        return Memory(ram={f"reference: {name}": size for name, size in beside.ram.items()} | items, vram=beside.vram)
+
     def work(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> Work:
         """Documents are taken to be of one length, where only the first `max_documents` are read."""
         views = [model] * (2 if model.kv_cache.mode else 1) + ([reference] if reference else [])
@@ -107,7 +132,7 @@ class Evaluate(Stage):
         tokens, work = share * eval.nbytes / TOKEN_BYTES, tokenizing(eval)
         for spec in views:
             work += Work(flops=forward_flops(spec, tokens, self.window(spec)))
-        if self.execution.mode == "resident":
+        if self.execution.mode == "resident" or model.is_gguf:
             return work + reading(model) + (reading(reference) if reference else Work())
         token_bytes = len(views) * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
         sweeps = math.ceil(tokens * token_bytes / (self.execution.hidden_states or HIDDEN_STATES))
@@ -139,28 +164,38 @@ class Evaluate(Stage):
             )
         return said
 
-    def run(self, ctx: Context, model: Checkpoint, eval: Dataset, reference: Checkpoint | None = None) -> EvalReport:
+    def run(self, ctx: Context, model: Checkpoint | Export, eval: Dataset, reference: Checkpoint | None = None) -> EvalReport:
         from stages.runtime.evaluation import Tally, cache_bytes, encode, write_report
-        from stages.runtime.loading import resolve_device
-        from stages.runtime.scoring import ResidentScorer
-        from stages.runtime.swept import LayerwiseScorer
 
         if reference is not None and tokenizer_digest(model.path) != tokenizer_digest(reference.path):
             raise ValueError("model and reference have different tokenizers; only models that read the same tokens can be compared")
         spec, execution = model.model_spec, self.execution
         documents = encode(eval, model.path, spec.architecture.vocab_size, self.params.max_documents)
         work = list(batches(cut_windows([document.ids for document in documents], self.window(spec)), execution.batch_size))
-        folders = (model.path, reference.path if reference else None, resolve_device(execution.device))
-        resident = execution.mode == "resident"
-        scorer = ResidentScorer(*folders) if resident else LayerwiseScorer(*folders, execution.hidden_states or HIDDEN_STATES)
-        tally = Tally(documents, self.window(spec), with_reference=reference is not None, with_cache=scorer.cache is not None)
-        for scores in scorer.scores(work, partial(ctx.progress, "scoring" if resident else "scoring, layer by layer")):
+        scorer = self._scorer(model, eval, reference)
+        tally = Tally(documents, self.window(spec), with_reference=reference is not None, with_cache=spec.kv_cache.mode is not None)
+        for scores in scorer.scores(work, partial(ctx.progress, "scoring, layer by layer" if execution.mode == "layerwise" else "scoring")):
             tally.add(scores)
         metrics = tally.metrics() | {
             "nbytes": float(spec.nbytes),
             "bits_per_weight": spec.bits_per_weight,
             "kv_bytes_per_token": float(spec.kv_cache.bytes_per_token),
         }
-        metrics |= {} if scorer.cache is None else {"kv_cache_nbytes": cache_bytes(scorer.held, spec.kv_cache)}
+        metrics |= {} if spec.kv_cache.mode is None else {"kv_cache_nbytes": cache_bytes(scorer.held, spec.kv_cache)}
         write_report(ctx.output, metrics, tally)
         return EvalReport(path=ctx.output, metrics=metrics)
+
+    def _scorer(self, model: Checkpoint | Export, eval: Dataset, reference: Checkpoint | None) -> "Scorer":
+        """What computes; apart from `run`, because llama.cpp is there only where an export was made."""
+        from stages.runtime.loading import resolve_device
+        from stages.runtime.scoring import ResidentScorer
+        from stages.runtime.swept import LayerwiseScorer
+
+        device, hidden_states = resolve_device(self.execution.device), self.execution.hidden_states or HIDDEN_STATES
+        if isinstance(model, Export):
+            from stages.runtime.gguf_scoring import LlamaCppScorer, reference_view
+
+            beside = reference_view(reference, device, self.execution.mode == "layerwise") if reference else None
+            return LlamaCppScorer(model, self.window(model.model_spec), beside, hidden_states, eval, self.params.max_documents)
+        folders = (model.path, reference.path if reference else None, device)
+        return ResidentScorer(*folders) if self.execution.mode == "resident" else LayerwiseScorer(*folders, hidden_states)

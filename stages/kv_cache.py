@@ -4,7 +4,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec
+from pipeline.artifact import Checkpoint, Dataset
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.companions import CACHE_FILE, SCALES_FILE
 from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.layout import CacheMode

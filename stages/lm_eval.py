@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, EvalReport, has_chat_template
+from pipeline.artifact import Checkpoint, Dataset, EvalReport, has_chat_template
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.errors import InputProblems, did_you_mean
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work

@@ -6,17 +6,20 @@ optimizer state exists for the model's own weights.
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Adapter, AdapterSpec, Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Adapter, Dataset, DenseCheckpoint
+from pipeline.artifact_spec import AdapterSpec, DatasetSpec
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
 from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.lora_settings import LoRATraining, adapter_spec, loading_memory, nf4_bytes
 from stages.runtime.peak_memory import peak
+from stages.runtime.sparsity_settings import ADAPTER_ALONE, MERGED_ZEROS, described, merge_cost, sparse_names
 from stages.runtime.stage_work import digesting, merging, publishing, reading, tokenizing, training
 from stages.runtime.training_settings import TrainingExecution, activation_memory
 
@@ -98,12 +101,14 @@ class QLoRA(Stage):
         p, adapter = self.params, adapter_spec(model, self.params.rank)
         share = 100 * adapter.num_parameters / model.num_parameters
         said = f"trains {adapter.num_parameters:,} weights ({share:.2g} % of the model's) in {p.steps:,} updates on "
+        zeros = []
+        if model.sparsity:
+            zeros = [f"zeros stay zero ({described(model)}): {MERGED_ZEROS}" if p.merge else f"zeros: {ADAPTER_ALONE}"]
         if train.format == "text":
-            return [f"{said}{p.tokens:,} tokens"]
+            return [f"{said}{p.tokens:,} tokens", *zeros]
         parts = {"assistant": "what the assistant says", "all": "every token"}
-        return [
-            f"{said}{p.num_samples * p.epochs:,} conversations of at most {p.max_length} tokens, learning {parts[p.loss_on or 'assistant']}"
-        ]
+        learned = parts[p.loss_on or "assistant"]
+        return [f"{said}{p.num_samples * p.epochs:,} conversations of at most {p.max_length} tokens, learning {learned}", *zeros]
 
     def run(self, ctx: Context, model: DenseCheckpoint, train: Dataset) -> QLoRAOutputs:
         from stages.runtime.causal_loss import CausalLoss
@@ -126,7 +131,10 @@ class QLoRA(Stage):
         save_adapter(adapted, place)
         del base, adapted
         if p.merge:
-            merge_adapter(model.path, place, ctx.output / "model", lambda done, total: ctx.progress("merging", done, total))
+            sparse, progress = sparse_names(model.model_spec), partial(ctx.progress, "merging")
+            lost = merge_adapter(model.path, place, ctx.output / "model", progress, sparse)
+            if sparse:
+                ctx.note(merge_cost(lost))
         if work.exists():
             shutil.rmtree(work)
         adapter = Adapter(place, adapter_spec(model.model_spec, p.rank), metrics=metrics)

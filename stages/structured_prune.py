@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.architecture import Architecture
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.errors import InputProblems
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.spec import ModelSpec
 from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.peak_memory import peak
 from stages.runtime.prune_sizes import default_round_to, group_axis, layer_axis, neuron_axis, query_axis
+from stages.runtime.sparsity_settings import described
 from stages.runtime.stage_work import CUT, forward_flops, publishing, reading, tokenizing
 from stages.runtime.sweep_memory import HIDDEN_STATES, sweep_memory
 
@@ -106,6 +109,8 @@ class StructuredPrune(Stage):
             sentences.append(
                 removal("layers", p.layer_ratio, old.num_layers, new.num_layers, f"{new.num_layers} of {old.num_layers} layers")
             )
+        if model.sparsity and not model.resized(new).sparsity:
+            sentences.append(f"zeros: columns go one by one, so that nothing is known of zeros any more ({described(model)} before)")
         if p.prunes_layers and p.importance == "magnitude":
             sentences.append("layers: chosen by block influence, so the calibration set is used")
         if new.model_type != old.model_type:

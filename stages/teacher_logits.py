@@ -6,7 +6,8 @@ from functools import partial
 
 from pydantic import Field
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, LogitsSpec, TeacherLogits, tokenizer_digest
+from pipeline.artifact import Checkpoint, Dataset, TeacherLogits, tokenizer_digest
+from pipeline.artifact_spec import DatasetSpec, LogitsSpec
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec

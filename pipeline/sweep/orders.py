@@ -1,6 +1,6 @@
 """The orders in which a recipe's stages can stand, each one planned: legal, or not with the reasons.
 
-What makes a model or an adapter moves. What measures is pinned: before all that moves it stays first; directly behind a stage it
+What makes a model or an adapter moves. What measures or exports is pinned: before all that moves it stays first; directly behind a stage it
 follows that stage; at the end it stays last. An evaluation at the end that also stands behind other stages does both, once where the
 two fall together. What only feeds a later stage (stored logits) stays before that stage.
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Literal
 
-from pipeline.artifact import MEASUREMENTS, Adapter, Checkpoint
+from pipeline.artifact import MEASUREMENTS, Adapter, Checkpoint, Export
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
@@ -123,7 +123,7 @@ def _role(stage: Stage) -> Role:
     made = [kind for port in stage.outputs().values() for kind in port.accepts]
     if any(issubclass(kind, Checkpoint | Adapter) for kind in made):
         return "moves"
-    return "measures" if all(issubclass(kind, MEASUREMENTS) for kind in made) else "feeds"
+    return "measures" if all(issubclass(kind, (*MEASUREMENTS, Export)) for kind in made) else "feeds"
 
 
 def _candidate(recipe: Recipe, order: tuple[str, ...], moved: tuple[str, ...], plan_of: Callable[[Recipe], Plan]) -> Candidate:

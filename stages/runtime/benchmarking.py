@@ -42,16 +42,23 @@ class Engine(Protocol):
         ...
 
 
+LABELS = {
+    None: "transformers",
+    "compressed-tensors": "transformers, decompressed to dense",
+    "bitsandbytes": "transformers with bitsandbytes",
+}
+
+
 class TransformersEngine:
     """A forward at a time, from Python, with the checkpoint's own INT8 cache where it has one."""
 
     def __init__(self, folder: Path, device: str) -> None:
         """ValueError as of `resolve_device` and `load_model`."""
         self.device = resolve_device(device)
-        packed = Checkpoint(folder).config.get("quantization_config") is not None
-        self.label = "transformers, decompressed to dense" if packed else "transformers"
+        method = (Checkpoint(folder).config.get("quantization_config") or {}).get("quant_method")
+        self.label = LABELS[method]
         started = time.perf_counter()
-        self.model: Any = load_model(folder, self.device)
+        self.model: Any = load_model(folder, self.device, as_stored=True)
         synchronize(self.device)
         self.load_seconds = time.perf_counter() - started
         self.int8 = load_cache(folder, self.model.config)
@@ -81,7 +88,9 @@ class TransformersEngine:
 
     def weights_bytes(self) -> int:
         """What stays attached to unpacked weights, such as their scales, included."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        tensors: list[torch.Tensor] = list(self.model.parameters())
+        states = [getattr(tensor, "quant_state", None) for tensor in tensors]  # of bitsandbytes' 4-bit weights
+        return sum(tensor.nbytes for tensor in (*tensors, *(state.absmax for state in states if state is not None)))
 
     def cache_bytes(self) -> int:
         if isinstance(self.cache, Int8Cache):

@@ -19,6 +19,7 @@ from stages.runtime.lora import add_lora, load_nf4, merge_adapter, save_adapter
 from stages.runtime.processes import is_sharded, process_index, wait_for_everyone, whole
 from stages.runtime.samples import NOT_COUNTED, Sample, Samples
 from stages.runtime.scoring import hidden_states
+from stages.runtime.sparsity_settings import merge_cost, sparse_names
 from stages.runtime.teacher_logits import StoredLogits
 from stages.runtime.tensors import DTYPES, CheckpointWriter, copy_companions
 from stages.runtime.training_settings import LoRAParams, loss_chunk_tokens
@@ -90,7 +91,8 @@ def load_teacher(
         return ResidentTeacher(load_nf4(teacher.path, device, torch.bfloat16)), None
     model = load_model(teacher.path, device).requires_grad_(False)
     for parameter in model.parameters():  # not `to`, which would also round the inverse frequencies of the positions
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point():  # LLM.int8() computes with the integers
+            parameter.data = parameter.data.to(torch.bfloat16)
     return ResidentTeacher(model), None
 
 
@@ -127,15 +129,25 @@ def full_trainee(student: DenseCheckpoint, device: torch.device, progress: Progr
 
 
 def lora_trainee(
-    student: DenseCheckpoint, device: torch.device, compute_dtype: torch.dtype, lora: LoRAParams, seed: int, work: Path, progress: Progress
+    student: DenseCheckpoint,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    lora: LoRAParams,
+    seed: int,
+    work: Path,
+    progress: Progress,
+    note: Callable[[str], None],
 ) -> Trainee:
-    """Adapters beside the student frozen in NF4; merged into its original weights, by way of a folder in `work`."""
+    """Adapters beside the student frozen in NF4; merged into its original weights, by way of a folder in `work`. `note` is told what
+    the student's zeros cost the adapters."""
     base = load_nf4(student.path, device, compute_dtype)
     adapted = add_lora(base, lora.rank, lora.lora_alpha, lora.lora_dropout, seed)
 
     def write(output: Path) -> None:
         save_adapter(adapted, work / "adapter")
-        merge_adapter(student.path, work / "adapter", output, progress)
+        lost = merge_adapter(student.path, work / "adapter", output, progress, sparse_names(student.model_spec))
+        if student.model_spec.sparsity:
+            note(merge_cost(lost))
 
     return Trainee(base, write)
 

@@ -1,5 +1,6 @@
 """What every checkpoint must prove before it is published. Most silent failures of the libraries below end here."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from stages.runtime.layerwise import LayerwiseModel
 from stages.runtime.loading import load_model
 from stages.runtime.offloading import check_loads
 from stages.runtime.scoring import token_losses
+from stages.runtime.sparsity import Zeros
 from stages.runtime.tensors import DTYPES, TensorReader
 from stages.runtime.windows import chunk_tokens
 
@@ -25,8 +27,11 @@ PROBLEMS_SHOWN = 5
 PROBE_TOLERANCE = 1e-3
 
 
-def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
-    """Names, dtypes, shapes, config.json, KV cache and every value of a checkpoint. ValueError says how it departs from `spec`."""
+def check_checkpoint(folder: Path, spec: ModelSpec) -> dict[str, float]:
+    """Names, dtypes, shapes, config.json, KV cache and every value of a checkpoint. ValueError says how it departs from `spec`.
+
+    Returns what was measured: of a model known to be sparse its `sparsity`, the share of zeros.
+    """
     reader = TensorReader(folder)
     problems = spec.differences(reader.table) + cache_differences(folder, spec.kv_cache)
     if not problems:
@@ -36,15 +41,18 @@ def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
             if DTYPES[entry.dtype].is_floating_point and not is_finite(reader, name)
         ]
         problems += wrong_weight_shapes(reader, spec)
+    zeros = Zeros.counted(reader, spec) if spec.sparsity and not problems else None
+    problems += zeros.problems if zeros else []
     if problems:
         more = f" and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         raise ValueError(f"the checkpoint is not what was planned: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}")
+    return {"sparsity": zeros.share} if zeros else {}
 
 
 def config_differences(folder: Path, spec: ModelSpec) -> list[str]:
-    """How the model that config.json describes departs from `spec`; the cache layout is not config.json's matter (`cache_differences`)."""
+    """How the model that config.json describes departs from `spec`; the cache layout (`cache_differences`) and zeros are not its matter."""
     found = ModelSpec.from_config(read_json(folder / "config.json"))
-    if found.model_copy(update={"kv_cache": spec.kv_cache}) == spec:
+    if found.model_copy(update={"kv_cache": spec.kv_cache, "sparsity": spec.sparsity}) == spec:
         return []
     mine, planned = found.architecture.model_dump(), spec.architecture.model_dump()
     fields = [f"config.json says {name} {mine[name]}, expected {planned[name]}" for name in planned if mine[name] != planned[name]]
@@ -74,10 +82,16 @@ def is_finite(reader: TensorReader, name: str) -> bool:
 
 
 def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:
-    """`weight_shape` is read by every loader to unpack, and is data that no header shows."""
-    packed = [(name, group.shape) for group in spec.groups if not group.format.is_dense for name in group.module_names]
-    found = ((name, tuple(reader.read(f"{name}.weight_shape").tolist()), shape) for name, shape in packed)
-    return [f"{name}.weight_shape holds {list(has)}, expected {list(shape)}" for name, has, shape in found if has != shape]
+    """`weight_shape` is read by every loader to unpack, as is bitsandbytes' JSON, and they are data that no header shows."""
+    problems = []
+    for group in spec.groups:
+        stored = [suffix for suffix in group.format.tensors((1, 1), spec.dtype) if suffix == "weight_shape" or "quant_state" in suffix]
+        for name in (f"{module}.{suffix}" for module in group.module_names for suffix in stored):
+            content = reader.read(name).tolist()
+            found = content if name.endswith(".weight_shape") else json.loads(bytes(content))["shape"]
+            if found != list(group.shape):
+                problems.append(f"{name} holds {found}, expected {list(group.shape)}")
+    return problems
 
 
 def layerwise_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.artifact import TYPES, Artifact, Spec
+from pipeline.artifact import TYPES, Artifact
+from pipeline.artifact_spec import Spec
 from pipeline.layout import Frozen
 from pipeline.parent import end_with_parent
 from pipeline.stage import Context, Stage, find_stage
@@ -69,6 +68,8 @@ class Job(Frozen):
 
 def read_config(file: str) -> Processes:
     """ValueError where the file cannot be read, or asks for what the training loop cannot do."""
+    import yaml  # here: a stage file imports this module, and the interpreter of an isolated backend has no yaml
+
     where = f"execution.accelerate_config: {file}"
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))

@@ -25,11 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.spec import ModelSpec
 from stages.functional.top_logits import TopLogits, join, top_logits
 from stages.runtime.packing import packed_formats, unpack_weight
+from stages.runtime.rounded_inputs import round_inputs
 from stages.runtime.tensors import DTYPES, TensorReader
 from stages.runtime.windows import MICRO_BATCH_TOKENS, VOCABULARY_ROWS
 
 OnLayer = Callable[[int, torch.nn.Module], Iterable[RemovableHandle]]
 OnOutput = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+Revise = Callable[[int, torch.nn.Module], None]
 
 
 class TokenScores(NamedTuple):
@@ -54,8 +56,8 @@ class LayerwiseModel:
     """A checkpoint that can be run without being loaded. `dtype` is that of the computation (default: the checkpoint's).
 
     What is given and returned (token ids, masks, hidden states, scores) is on the CPU; hooks see tensors on `device`. Layers share
-    their buffers: a tensor of a layer's weights is valid until the next layer is loaded. Packed layers (compressed-tensors,
-    `pack-quantized`) are dequantized as they are loaded.
+    their buffers: a tensor of a layer's weights is valid until the next layer is loaded. Packed layers are dequantized as they
+    are loaded. Where their format rounds what its weights are multiplied with, they do that too; LLM.int8() layers stay as they are stored.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
@@ -70,6 +72,10 @@ class LayerwiseModel:
         self.decoder = meta_decoder(folder, self.dtype, self.device)
         self.layers = self.decoder.layers
         self._formats = packed_formats(self.spec)
+        head = self._formats.get(self._head.removesuffix(".weight"))
+        if head is not None and head.rounds_inputs:
+            raise ValueError(f"{folder} rounds the inputs of its head ({head.layout}), which is read in slices here; write mode: resident")
+        round_inputs(self.decoder, self._formats)
         self._buffers: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -80,6 +86,7 @@ class LayerwiseModel:
         on_layer: OnLayer | None = None,
         on_output: OnOutput | None = None,
         cache: Any | None = None,
+        revise: Revise | None = None,
     ) -> list[torch.Tensor]:
         """Carry micro-batches of token ids [B, T] through all layers; returns the hidden states [B, T, H] that the head takes.
 
@@ -87,20 +94,33 @@ class LayerwiseModel:
         when layer i is loaded and may register hooks, whose handles it returns; `on_output(i, b, before, after)` sees
         batch b's hidden states around layer i, and clones what it keeps. `cache` is a KV cache of the model (transformers' `Cache`)
         whose layers attention reads through: each holds one batch at a time, which `on_output` still finds there.
+
+        `revise(i, layer)` may change the weights of layer i in place, once every batch has been through it and its hooks are gone; the
+        batches then go through it once more, so that the next layer sees what the changed one computes.
         """
         masks = masks or [None] * len(batches)
         hidden = self.embed(batches)
         recorded: dict[torch.Size, list[dict[str, Any]]] = {}  # unmasked batches of one shape are called alike
+
+        def forward(i: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+            before, mask = hidden[b].to(self.device), masks[b]
+            if mask is not None:
+                arguments = self.layer_arguments(before, mask.to(self.device))
+            elif (arguments := recorded.get(before.shape, [])) == []:
+                arguments = recorded[before.shape] = self.layer_arguments(before)
+            return before, self.layers[i](before, **arguments[i] | ({"past_key_values": cache} if cache else {}))
+
         for i in range(len(self.layers)):
             layer = self.load_layer(i)
             handles = list(on_layer(i, layer)) if on_layer else []
-            for b, mask in enumerate(masks):
-                before = hidden[b].to(self.device)
-                if mask is not None:
-                    arguments = self.layer_arguments(before, mask.to(self.device))
-                elif (arguments := recorded.get(before.shape, [])) == []:
-                    arguments = recorded[before.shape] = self.layer_arguments(before)
-                after = layer(before, **arguments[i] | ({"past_key_values": cache} if cache else {}))
+            if revise:
+                for b in range(len(masks)):
+                    forward(i, b)
+                while handles:
+                    handles.pop().remove()
+                revise(i, layer)
+            for b in range(len(masks)):
+                before, after = forward(i, b)
                 if on_output:
                     on_output(i, b, before, after)
                 if cache:
@@ -110,11 +130,16 @@ class LayerwiseModel:
                 handle.remove()
             layer.to("meta")
         self._buffers.clear()
+        self.normalize(hidden)
+        return hidden
+
+    @torch.no_grad()
+    def normalize(self, hidden: Sequence[torch.Tensor]) -> None:
+        """Hidden states as the last layer leaves them, in place, to what the head takes."""
         self._load(self.decoder.norm, "model.norm.")
         for h in hidden:
             h.copy_(self.decoder.norm(h.to(self.device)))
         self.decoder.norm.to("meta")
-        return hidden
 
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[B, T] token ids to [B, T, H] embeddings."""
@@ -196,7 +221,8 @@ class LayerwiseModel:
 
     def _vocabulary_slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows) of the embedding or head, on the CPU. A packed head, which hardly anyone makes, is unpacked whole."""
-        whole = None if name in self.reader.table else self._unpacked(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        whole = self._unpacked(module) if module in self._formats else None
         for first in range(0, self.spec.architecture.vocab_size, VOCABULARY_ROWS):
             rows = (first, first + VOCABULARY_ROWS)
             yield first, self.reader.read(name, rows).to(self.dtype) if whole is None else whole[slice(*rows)]
@@ -208,10 +234,13 @@ class LayerwiseModel:
     def _weight(self, prefix: str, name: str) -> torch.Tensor:
         """One weight of a layer, in the dtype of the computation, read into the buffer that the next layer will use again."""
         module = (prefix + name).removesuffix(".weight")
-        if module in self._formats and name.endswith(".weight"):
+        form = self._formats.get(module.removesuffix(".SCB"))
+        as_stored = form is not None and form.layout == "llm_int8"
+        if form is not None and not as_stored:
             return self._unpacked(module).to(self.device)
-        self._buffers[name] = self.reader.read(prefix + name, out=self._buffers.get(name))
-        return self._buffers[name].to(self.device, self.dtype)
+        buffer = f"{name} {self.reader.entry(prefix + name).dtype}"  # layers may differ in which of their weights are quantized
+        self._buffers[buffer] = self.reader.read(prefix + name, out=self._buffers.get(buffer))
+        return self._buffers[buffer].to(self.device, None if as_stored else self.dtype)
 
     def _unpacked(self, module: str) -> torch.Tensor:
         form, shape = self._formats[module], (1, 1)

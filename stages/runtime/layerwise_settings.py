@@ -7,6 +7,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from pipeline.stage import Stage
 from pipeline.target import Size
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 class LayerwiseExecution(Stage.Execution):
     """How a model is held while it scores: whole, or one layer at a time."""
@@ -14,7 +16,7 @@ class LayerwiseExecution(Stage.Execution):
     mode: Literal["resident", "layerwise"] = "resident"  # layerwise: one layer in memory, for a model that does not fit
     batch_size: int = Field(default=8, ge=1)  # windows in one forward
     hidden_states: Size | None = Field(default=None, ge=1)  # layerwise: RAM for the text in flight; the default is 4GiB
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
     @field_validator("hidden_states")
     @classmethod

@@ -21,18 +21,31 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
+def load_model(folder: Path, device: torch.device | str = "cpu", as_stored: bool = False) -> Any:
     """The folder's causal language model in its own dtype, in eval mode; packed weights are multiplied out once, on loading.
+
+    Where a format rounds what its weights are multiplied with, the model does so too: with compressed-tensors' 8-bit formats beside
+    the multiplied out weights, with LLM.int8() in bitsandbytes' own layers, which keep int8 weights. `as_stored` keeps its 4-bit layers
+    too, as plain transformers does: that saves memory, and rounds otherwise wherever its kernels do.
 
     ValueError names the weights that are missing, left over or of another shape: transformers fills those in at random.
     """
-    packed = Checkpoint(folder).config.get("quantization_config") is not None
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
+    quantization = Checkpoint(folder).config.get("quantization_config") or {}
+    by_bitsandbytes, int8 = quantization.get("quant_method") == "bitsandbytes", bool(quantization.get("load_in_8bit"))
+    options: dict[str, Any] = {}
+    if by_bitsandbytes:
+        from stages.runtime.bitsandbytes_weights import without_failing_kernel  # here: importing the library initialises CUDA
+
+        options["device_map"] = {"": device if int8 or as_stored else "cpu"}
+    elif quantization:
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
     )
     check_loaded(folder, report)
-    if packed:
+    if by_bitsandbytes:
+        return without_failing_kernel(model if int8 or as_stored else model.dequantize(model.dtype).to(device)).eval()
+    if quantization:
         remove_dispatch(model)  # unpacking leaves weights in caches that `to` would copy into rather than move
     return model.to(device).eval()
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from pipeline.artifact import LogitsSpec
+from pipeline.artifact_spec import LogitsSpec
 from pipeline.headers import ITEM_BYTES, CheckpointFileError, read_json
 from pipeline.layout import DType, Frozen
 

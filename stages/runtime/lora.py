@@ -5,7 +5,7 @@ float32, rounded once to W's own dtype. So the merged checkpoint carries no roun
 correct that error too, which costs a little and is what the QLoRA authors do. Adapters are saved as ordinary peft folders.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,21 @@ class AdapterReader(TensorReader):
         return self.read(names[0]).float(), self.read(names[1]).float()
 
 
-def merge_adapter(source: Path, adapter: Path, output: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+def merge_adapter(
+    source: Path,
+    adapter: Path,
+    output: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    sparse: Collection[str] = (),
+) -> float:
     """Write into `output` the dense checkpoint `source` with the adapter added to its weights, each in its own dtype.
 
-    Holds one weight, its pair and a block of float32 rows. `progress` is told (tensors written, tensors). ValueError where the
-    adapter does not belong to that checkpoint.
+    Zeros of the weights named in `sparse` stay zero. Returns the share of the adapter's products, of their squares, that fell on these.
+    Holds one weight, its pair and a block of float32 rows. `progress` is told (tensors written, tensors). ValueError where the adapter
+    does not belong to that checkpoint.
     """
     reader, pairs = TensorReader(source), AdapterReader(adapter)
-    merged = 0
+    merged, added, lost = 0, 0.0, 0.0
     with CheckpointWriter(output) as writer:
         for done, name in enumerate(reader.table, 1):
             pair = pairs.pair(name)
@@ -127,20 +134,44 @@ def merge_adapter(source: Path, adapter: Path, output: Path, progress: Callable[
                 writer.copy(name, reader)
             else:
                 weight = reader.read(name)
-                add_product(weight, *pair, pairs.scaling)
+                if name in sparse:
+                    kept, masked = add_masked_product(weight, *pair, pairs.scaling)
+                    added, lost = added + kept + masked, lost + masked
+                else:
+                    add_product(weight, *pair, pairs.scaling)
                 writer.add(name, weight)
                 merged += 1
             progress(done, len(reader.table))
         if 2 * merged != len(pairs.table):
             raise ValueError(f"{adapter} has {len(pairs.table)} tensors, of which {2 * merged} fit {source}; it was made for another model")
     copy_companions(source, output, read_json(source / "config.json"))
+    return lost / added if added else 0.0
 
 
 def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     """weight [out, in] += scaling * b [out, rank] @ a [rank, in], in place, in float32 by blocks of rows, rounded once."""
+    for rows in _fitting_rows(weight, a, b):
+        block = weight[rows]
+        block.copy_(block.float().addmm_(b[rows], a, alpha=scaling))
+
+
+def add_masked_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[float, float]:
+    """As `add_product`, but zeros of `weight` stay zero. Returns the sum of squares of what was added, and of what was not."""
+    added = lost = 0.0
+    for rows in _fitting_rows(weight, a, b):
+        block, product = weight[rows], scaling * (b[rows] @ a)
+        whole = product.square().sum().item()
+        product.masked_fill_(block == 0, 0)
+        kept = product.square().sum().item()
+        added, lost = added + kept, lost + whole - kept
+        block.copy_(product.add_(block))
+    return added, lost
+
+
+def _fitting_rows(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Iterator[slice]:
+    """Blocks of rows. ValueError where the product has another shape."""
     if (b.shape[0], a.shape[1]) != tuple(weight.shape):
         raise ValueError(f"an adapter for a weight {[b.shape[0], a.shape[1]]} does not fit one of {list(weight.shape)}")
-    rows = max(1, BLOCK_WEIGHTS // weight.shape[1])
-    for first in range(0, weight.shape[0], rows):
-        block = weight[first : first + rows]
-        block.copy_(block.float().addmm_(b[first : first + rows], a, alpha=scaling))
+    height = max(1, BLOCK_WEIGHTS // weight.shape[1])
+    for first in range(0, weight.shape[0], height):
+        yield slice(first, first + height)

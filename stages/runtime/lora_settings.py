@@ -8,7 +8,7 @@ with double quantization that maximum in 8 bits with an fp32 scale for every 256
 
 import math
 
-from pipeline.artifact import AdapterSpec
+from pipeline.artifact_spec import AdapterSpec
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import ModuleGroup
 from pipeline.spec import ModelSpec

@@ -21,11 +21,12 @@ from pydantic import PrivateAttr
 from torch.utils.data import DataLoader
 
 from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime.guard import check_probe
 from stages.runtime.offloading import layers_keep_weights, model_in_ram, model_on_disk
-from stages.runtime.packing import calibrated_packer, quantization_config, write_quantized
-from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution
+from stages.runtime.packing import calibrated_packer, config_of, packed_formats, write_quantized
+from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, Windows
 from stages.runtime.scoring import token_losses
 from stages.runtime.text import calibration_windows, load_tokenizer
 
@@ -127,13 +128,30 @@ def quantize_calibrated(
     recipe: Sequence[Modifier],
     actorder: str | None = None,
     searched: Mapping[str, int] | None = None,
+    spec: ModelSpec | None = None,
 ) -> QuantizedCheckpoint:
-    """Load `model`, apply `recipe`, write what came of it to `ctx.output` and prove that it reloads as the same model.
+    """Apply `recipe` to `model` as `calibrate` does, and write it packed as `params` say, or as `spec` where layers differ."""
+    source = model.model_spec
+    spec = spec or params.apply(source)
+    quantization = config_of(spec, params.ignored_names(source), actorder, params.ranges)
+    return calibrate(ctx, model, calibration, params, execution, recipe, spec, quantization, searched)
+
+
+def calibrate(
+    ctx: Context,
+    model: DenseCheckpoint,
+    calibration: Dataset,
+    params: Windows,
+    execution: CalibrationExecution,
+    recipe: Sequence[Modifier],
+    spec: ModelSpec,
+    quantization: dict[str, Any],
+    searched: Mapping[str, int] | None = None,
+) -> QuantizedCheckpoint:
+    """Load `model`, apply `recipe`, write what came of it to `ctx.output` as `spec` says and prove that it reloads as the same model.
 
     Every tensor is the calibrated model's, the dense ones too: a modifier may have folded scales into norms.
     """
-    source, form = model.model_spec, params.format
-    spec, quantization = params.apply(source), quantization_config(form, params.ignored_names(source), actorder)
     tokenizer = load_tokenizer(model.path)
     windows = calibration_windows(calibration, tokenizer, params.num_samples, params.max_length)
     on_disk = execution.offload == "disk"
@@ -141,6 +159,6 @@ def quantize_calibrated(
         run_oneshot(calibrated, tokenizer, recipe, windows, execution.batch_size, ctx, searched)
         with layers_keep_weights(calibrated):
             losses = token_losses(calibrated, windows[:1])
-        write_quantized(ctx, model, spec, quantization, calibrated_packer(calibrated, form), calibrated.get_parameter)
+        write_quantized(ctx, model, spec, quantization, calibrated_packer(calibrated, packed_formats(spec)), calibrated.get_parameter)
     check_probe(losses, ctx.output, windows[:1], layerwise=on_disk)
     return QuantizedCheckpoint(path=ctx.output, spec=spec)

@@ -1,8 +1,9 @@
-"""Weights in compressed-tensors' `pack-quantized` format: a [rows, columns] matrix becomes int32 words and a scale for each group.
+"""Weights as compressed-tensors stores them: a [rows, columns] matrix becomes int32 words and a scale for each group (`pack-quantized`),
+or 8-bit integers or floats and a scale for each row (`int-quantized`, `float-quantized`).
 
-The arithmetic is the library's own (`PackedQuantizationCompressor`), so that what is written here is what transformers and
-vLLM read. It is applied to blocks of rows, because its int32 working copies need several times the weight's own bytes:
-`weight_packed`, `weight_scale` and `weight_zero_point` are all split along rows, the last one 32 rows to `num_bits` words.
+The arithmetic is the library's own, so that what is written here is what transformers and vLLM read. It is applied to blocks of rows,
+because its int32 working copies need several times the weight's own bytes: `weight_packed`, `weight_scale` and `weight_zero_point` are
+all split along rows, the last one 32 rows to `num_bits` words.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,46 +11,76 @@ from typing import Any
 
 import compressed_tensors
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from pipeline.artifact import Checkpoint
+from pipeline.artifact import Checkpoint, QuantizedCheckpoint
 from pipeline.layout import WeightFormat
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
-from stages.runtime.scheme import BLOCK_WEIGHTS
+from stages.runtime.scheme import BLOCK_WEIGHTS, MINMAX, Observer
 from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions
 
-LAYOUT = "pack-quantized"
+OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse"}  # the library's names of how a group's range is found
 
 
-def scheme_of(form: WeightFormat, actorder: str | None = None) -> QuantizationScheme:
-    """The library's description of one packed format. `actorder` only records how GPTQ went about it."""
+def scheme_of(form: WeightFormat, actorder: str | None = None, observer: Observer = MINMAX) -> QuantizationScheme:
+    """The library's description of one format. `actorder` only records how GPTQ went about it; `observer` says how ranges were found."""
+    kind = "float" if form.layout == "float-quantized" else "int"
     weights = QuantizationArgs(
         num_bits=form.num_bits,
-        type="int",
-        strategy="group",
+        type=kind,
+        strategy="group" if form.group_size else "channel",
         group_size=form.group_size,
         symmetric=form.symmetric,
         actorder=actorder,
-        observer="memoryless_minmax",
-        observer_kwargs={},
+        observer=OBSERVERS[observer.name],
+        observer_kwargs={} if observer.maxshrink == MINMAX.maxshrink else {"maxshrink": observer.maxshrink},
         zp_dtype=None if form.symmetric else "torch.int8",
     )
-    return QuantizationScheme(targets=["Linear"], weights=weights, format=LAYOUT)
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=rounded_inputs(form), format=form.layout)
 
 
-def quantization_config(form: WeightFormat, ignore: tuple[str, ...], actorder: str | None = None) -> dict[str, Any]:
+def rounded_inputs(form: WeightFormat) -> QuantizationArgs | None:
+    """How the inputs of a layer are rounded while it computes: as its weights are, with a scale for each token. None: they are not."""
+    if form.layout not in ("int-quantized", "float-quantized"):
+        return None
+    kind = "float" if form.layout == "float-quantized" else "int"
+    return QuantizationArgs(num_bits=8, type=kind, strategy="token", symmetric=True, dynamic=True, observer_kwargs={})
+
+
+def quantization_config(
+    form: WeightFormat, ignore: tuple[str, ...], actorder: str | None = None, observer: Observer = MINMAX
+) -> dict[str, Any]:
     """The `quantization_config` of config.json, field for field what llm-compressor saves."""
     config = QuantizationConfig(
-        config_groups={"group_0": scheme_of(form, actorder)},
-        format=LAYOUT,
+        config_groups={"group_0": scheme_of(form, actorder, observer)},
+        format=form.layout,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(ignore),
     )
     content: dict[str, Any] = config.model_dump(mode="json")
     return content | {"version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}}
+
+
+def config_of(spec: ModelSpec, ignore: tuple[str, ...], actorder: str | None = None, observer: Observer = MINMAX) -> dict[str, Any]:
+    """`quantization_config` of a model whose layers may differ in their bits."""
+    schemes = schemes_of(spec, actorder, observer)
+    form = next(iter(packed_formats(spec).values()))
+    groups = {name: scheme.model_dump(mode="json") for name, scheme in schemes.items()}
+    return quantization_config(form, ignore, actorder, observer) | {"config_groups": groups}
+
+
+def schemes_of(spec: ModelSpec, actorder: str | None = None, observer: Observer = MINMAX) -> dict[str, QuantizationScheme]:
+    """The library's `config_groups`: one for all Linear layers, or where formats differ one for each, with the names of its layers."""
+    layers: dict[WeightFormat, list[str]] = {}
+    for module, form in packed_formats(spec).items():
+        layers.setdefault(form, []).append(module)
+    if len(layers) == 1:
+        return {"group_0": scheme_of(next(iter(layers)), actorder, observer)}
+    schemes = ((scheme_of(form, actorder, observer), names) for form, names in layers.items())
+    return {f"group_{n}": scheme.model_copy(update={"targets": names}) for n, (scheme, names) in enumerate(schemes)}
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:
@@ -70,16 +101,16 @@ def pack_weight(weight: torch.Tensor, form: WeightFormat, scale: torch.Tensor, z
 
     A symmetric format needs no zero point and stores none.
     """
-    scheme, parts = scheme_of(form), []
+    scheme, compressor, parts = scheme_of(form), BaseCompressor.get_value_from_registry(form.layout), []
     source = {"weight": weight, "weight_scale": scale} | ({} if zero_point is None else {"weight_zero_point": zero_point})
     for rows in row_blocks(*weight.shape):
         state = {suffix: tensor.detach()[rows].cpu() for suffix, tensor in source.items()}
-        parts.append(PackedQuantizationCompressor.compress(state, scheme))
+        parts.append(compressor.compress(state, scheme))
     packed = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0] if suffix != "weight_shape"}
-    return packed | {"weight_shape": torch.tensor(weight.shape)}
+    return packed | ({"weight_shape": torch.tensor(weight.shape)} if "weight_shape" in parts[0] else {})
 
 
-def calibrated_packer(model: torch.nn.Module, form: WeightFormat) -> Callable[[str], dict[str, torch.Tensor]]:
+def calibrated_packer(model: torch.nn.Module, formats: Mapping[str, WeightFormat]) -> Callable[[str], dict[str, torch.Tensor]]:
     """Packs, by name, the modules of a model whose weights, scales and zero points llm-compressor has settled in place."""
 
     def pack(name: str) -> dict[str, torch.Tensor]:
@@ -87,7 +118,7 @@ def calibrated_packer(model: torch.nn.Module, form: WeightFormat) -> Callable[[s
         weight, scale, zero_point = (getattr(module, part, None) for part in ("weight", "weight_scale", "weight_zero_point"))
         if weight is None or scale is None:
             raise ValueError(f"{name} was not calibrated; name it in ignore or report this")
-        return pack_weight(weight, form, scale, zero_point)
+        return pack_weight(weight, formats[name], scale, zero_point)
 
     return pack
 
@@ -97,19 +128,21 @@ def unpack_weight(packed: Mapping[str, torch.Tensor], form: WeightFormat, dtype:
 
     transformers casts scales to the model's dtype when it loads them, so the product is taken in that dtype.
     """
-    rows, columns = (int(size) for size in packed["weight_shape"])
-    scheme, weight = scheme_of(form), torch.empty(rows, columns, dtype=dtype)
+    if form.by_bitsandbytes:
+        from stages.runtime.bitsandbytes_weights import unpack  # here: importing the library initialises CUDA
+
+        return unpack(packed, form, dtype)
+    rows, columns = (int(size) for size in packed.get("weight_shape", packed[form.stored].shape))
+    scheme, compressor = scheme_of(form), BaseCompressor.get_value_from_registry(form.layout)
+    weight = torch.empty(rows, columns, dtype=dtype)
     for block in row_blocks(rows, columns):
-        shape = torch.tensor([block.stop - block.start, columns])
-        state = {
-            "weight_packed": packed["weight_packed"][block],
-            "weight_scale": packed["weight_scale"][block].to(dtype),
-            "weight_shape": shape,
-        }
+        state = {form.stored: packed[form.stored][block], "weight_scale": packed["weight_scale"][block].to(dtype)}
+        if "weight_shape" in packed:
+            state["weight_shape"] = torch.tensor([block.stop - block.start, columns])
         if not form.symmetric:
             words = slice(block.start * form.num_bits // 32, -(-block.stop * form.num_bits // 32))
             state["weight_zero_point"] = packed["weight_zero_point"][words]
-        weight[block] = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+        weight[block] = compressor.decompress(state, scheme)["weight"]
     return weight
 
 
@@ -145,3 +178,16 @@ def write_quantized(
                 writer.copy(name, reader)
             ctx.progress("writing", done, len(names))
     copy_companions(model.path, ctx.output, model.config | {"quantization_config": quantization})
+
+
+def rounded_to_nearest(ctx: Context, model: Checkpoint, spec: ModelSpec, ignore: tuple[str, ...]) -> QuantizedCheckpoint:
+    """Write `model` as `spec` says, in one of compressed-tensors' formats, each group's or row's range being that of its weights."""
+    reader, formats = TensorReader(model.path), packed_formats(spec)
+
+    def pack(module: str) -> dict[str, torch.Tensor]:
+        weight, form = reader.read(f"{module}.weight"), formats[module]
+        return pack_weight(weight, form, *min_max_parameters(weight, form))
+
+    (form,) = set(formats.values())
+    write_quantized(ctx, model, spec, quantization_config(form, ignore), pack)
+    return QuantizedCheckpoint(path=ctx.output, spec=spec)

@@ -8,9 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from pipeline.architecture import Architecture
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import ModuleGroup
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.spec import ModelSpec
 
 HEAP_BLOCKS = (128 << 10, 32 << 20)  # sizes between which glibc puts a block into its heap, once such blocks have been freed
 
@@ -73,6 +74,8 @@ def resident_memory(name: str, model: ModelSpec, on_gpu: bool) -> tuple[dict[str
     dense = {f"{name}, dense": model.dense().nbytes}
     if not packed:
         return {}, dense
+    if all(group.format.layout == "llm_int8" for group in packed):  # bitsandbytes multiplies int8 weights as they are
+        return {}, {f"{name}, int8": model.nbytes}
     unpacked = sum(item * group.count * math.prod(group.shape) for group in packed)
     files = {f"{name}, packed, in its mapped files": model.nbytes - (model.dense().nbytes - unpacked)}
     return ({f"{name}, unpacked before it is moved": unpacked} | files, dense) if on_gpu else ({}, dense | files)

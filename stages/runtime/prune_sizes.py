@@ -7,7 +7,7 @@ A ratio goes to the nearest legal count. Example: 64 query heads in 8 KV groups 
 from dataclasses import dataclass
 from math import lcm
 
-from pipeline.spec import Architecture
+from pipeline.architecture import Architecture
 
 
 @dataclass(frozen=True)

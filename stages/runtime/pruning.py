@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.architecture import Architecture
+from pipeline.spec import ModelSpec
 from stages.functional.importance import (
     gather_columns,
     head_magnitude,

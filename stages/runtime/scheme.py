@@ -7,9 +7,9 @@ A scheme here is weight-only, integer, by groups of consecutive input columns (`
 import math
 import re
 from collections.abc import Collection
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES
@@ -20,59 +20,97 @@ from pipeline.target import Memory
 from stages.runtime.peak_memory import inner_width, kept_by_malloc, layer_bytes, peak, resident_memory, widest
 
 SERVED_BITS = (4, 8)  # what vLLM's weight-only kernels (Marlin, Machete) take
+GRID = 100.0  # observer mse shrinks a group's range in steps of one part in so many
 ROUNDING_BYTES = 8  # working memory for each weight that a forward rounds, measured
 BLOCK_WEIGHTS = 1 << 24  # weights packed or unpacked at once ...
 BLOCK_BYTES = 9  # ... and the working memory of each, measured at 4 bits: rounded values, their int8 and int32 copies
+FOUR_BIT_BYTES = 14  # of bitsandbytes: values and scaled values in float32, which of the 16 they are, in int32 and int8
+
+
+def _patterns_compile(ignore: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in ignore:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            if entry.startswith("re:"):
+                raise ValueError(f"'{entry}' is not a regular expression: {error}") from None
+    return ignore
+
+
+Ignore = Annotated[tuple[str, ...], AfterValidator(_patterns_compile)]
+
+
+class Observer(NamedTuple):
+    """How the range of a group of weights is found (stages/runtime/clipping.py)."""
+
+    name: Literal["minmax", "mse"] = "minmax"
+    maxshrink: float = 0.2  # llm-compressor's default
+
+    @property
+    def steps(self) -> int:
+        """Shares of the range that are tried: 20 are 1, 0.99, ... 0.81."""
+        return int(self.maxshrink * GRID) if self.name == "mse" else 0
+
+
+MINMAX = Observer()
 
 
 class WeightQuantization(Stage.Params):
     num_bits: Literal[2, 3, 4, 8] = 4
     group_size: int = Field(default=128, ge=1)
     symmetric: bool = True
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: Ignore = ("lm_head",)
+    observer: Literal["minmax", "mse"] = "minmax"  # a group's range: of its weights, or as much of that as rounds with the least error
+    maxshrink: float = Field(default=0.2, ge=0.01, lt=1)  # mse: by how much of itself a range shrinks at most
 
-    @field_validator("ignore")
-    @classmethod
-    def _patterns_compile(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in ignore:
-            try:
-                re.compile(entry)
-            except re.error as error:
-                if entry.startswith("re:"):
-                    raise ValueError(f"'{entry}' is not a regular expression: {error}") from None
-        return ignore
+    @model_validator(mode="after")
+    def _shrinks_where_it_searches(self) -> "WeightQuantization":
+        if self.observer == "minmax" and self.maxshrink != Observer().maxshrink:
+            raise ValueError("maxshrink: observer minmax shrinks no range; leave it out or write observer: mse")
+        return self
+
+    @property
+    def ranges(self) -> "Observer":
+        return Observer(self.observer, self.maxshrink)
 
     @property
     def format(self) -> WeightFormat:
         return WeightFormat(num_bits=self.num_bits, group_size=self.group_size, symmetric=self.symmetric)
 
     def ignored_names(self, model: ModelSpec) -> tuple[str, ...]:
-        """`ignore` as it must stand in config.json: with tied embeddings `lm_head` is a Linear layer without a tensor of
-        its own, which readers of the format would otherwise expect to find packed."""
-        if model.architecture.tied and not ignored("lm_head", self.ignore):
-            return (*self.ignore, "lm_head")
-        return self.ignore
+        return names_left_dense(self.ignore, model)
 
     def apply(self, model: ModelSpec) -> ModelSpec:
-        """The quantized model's spec.
-
-        ValueError: an `ignore` entry matches no Linear layer, nothing is left to quantize, or the group size does not divide. An entry
-        may match a router, as llm-compressor's recipes for mixtures of experts do: there it is a Linear layer like any other.
-        """
-        named = [group for group in model.groups if group.kind in ("linear", "router")]
-        for entry in self.ignore:
-            if not ignored("lm_head", (entry,)) and not matches(entry, named):
-                layers = {"lm_head", *(name for group in model.linear_groups for name in group.module_names)}
-                raise ValueError(f"ignore: '{entry}' matches no Linear layer{did_you_mean(entry, layers) if entry[:3] != 're:' else ''}")
-        packed = model.with_format(self.format, self.ignore)
-        if packed.is_dense:
-            raise ValueError("ignore leaves no Linear layer to quantize; remove entries from it")
-        return packed
+        """The quantized model's spec. ValueError as of `pack_layers`."""
+        return pack_layers(model, self.format, self.ignore)
 
     def explain(self) -> list[str]:
         if self.num_bits in SERVED_BITS:
             return []
-        return [f"num_bits {self.num_bits}: transformers loads the result, but vLLM's kernels take only 4 and 8 bits"]
+        return [f"num_bits {self.num_bits}: vLLM's usual kernels take 4 and 8 bits; others need its newest ones, see run mode=check"]
+
+
+def names_left_dense(ignore: tuple[str, ...], model: ModelSpec) -> tuple[str, ...]:
+    """`ignore` as it must stand in config.json: with tied embeddings `lm_head` is a Linear layer without a tensor of its own, which
+    readers of the format would otherwise expect to find packed."""
+    return (*ignore, "lm_head") if model.architecture.tied and not ignored("lm_head", ignore) else ignore
+
+
+def pack_layers(model: ModelSpec, form: WeightFormat, ignore: tuple[str, ...]) -> ModelSpec:
+    """The spec of `model` with its Linear layers stored as `form`, but for those of `ignore`.
+
+    ValueError: an `ignore` entry matches no Linear layer, nothing is left to quantize, or the group size does not divide. An entry
+    may match a router, as llm-compressor's recipes for mixtures of experts do: there it is a Linear layer like any other.
+    """
+    named = [group for group in model.groups if group.kind in ("linear", "router")]
+    for entry in ignore:
+        if not ignored("lm_head", (entry,)) and not matches(entry, named):
+            layers = {"lm_head", *(name for group in model.linear_groups for name in group.module_names)}
+            raise ValueError(f"ignore: '{entry}' matches no Linear layer{did_you_mean(entry, layers) if entry[:3] != 're:' else ''}")
+    packed = model.with_format(form, ignore)
+    if packed.is_dense:
+        raise ValueError("ignore leaves no Linear layer to quantize; remove entries from it")
+    return packed
 
 
 class CalibratedQuantization(WeightQuantization):
@@ -87,6 +125,26 @@ class CalibratedQuantization(WeightQuantization):
         if self.max_length > positions:
             raise ValueError(f"max_length {self.max_length} is more than the model's {positions} positions; write {positions} or less")
         return super().apply(model)
+
+    @property
+    def tokens(self) -> int:
+        return self.num_samples * self.max_length
+
+
+class Windows(Protocol):
+    """Calibration text: `num_samples` windows of `max_length` tokens."""
+
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+class CalibrationWindows(NamedTuple):
+    num_samples: int
+    max_length: int
 
     @property
     def tokens(self) -> int:
@@ -112,7 +170,7 @@ class CalibrationExecution(Stage.Execution):
 
 
 def calibration_memory(
-    params: CalibratedQuantization,
+    params: Windows,
     execution: CalibrationExecution,
     dense: ModelSpec,
     packed: ModelSpec,
@@ -156,7 +214,7 @@ def probe_memory(model: ModelSpec) -> dict[str, int]:
     return {"copies of one weight in the probe": ROUNDING_BYTES * largest}
 
 
-def batch_memory(params: CalibratedQuantization, model: ModelSpec, batch_size: int) -> int:
+def batch_memory(params: Windows, model: ModelSpec, batch_size: int) -> int:
     """Bytes of a decoder layer's activations in one forward of `batch_size` windows.
 
     llm-compressor calibrates with eager attention: every score exists, twice in the model's dtype and once in float32.
@@ -177,9 +235,10 @@ def packing_memory(dense: ModelSpec, packed: ModelSpec, writes: ModelSpec) -> Me
     shapes = [group.shape for group in packed.groups if not group.format.is_dense]
     forms = [group.tensors(packed.dtype).values() for group in packed.groups if not group.format.is_dense]
     largest = max((math.prod(shape) for shape in shapes), default=0)
+    four_bit = writes is packed and any(group.format.layout in ("nf4", "fp4") for group in packed.groups)
     ram = {
         "one dense weight": largest * ITEM_BYTES[dense.dtype],
         "its packed form, in blocks and joined": 2 * max((sum(math.prod(s) * ITEM_BYTES[d] for d, s in form) for form in forms), default=0),
-        "working copies of a block of rows": unpacking_memory(packed),
+        "working copies of a block of rows": FOUR_BIT_BYTES * min(largest, BLOCK_WEIGHTS) if four_bit else unpacking_memory(packed),
     }
     return Memory(ram=ram, disk={"checkpoint": writes.nbytes})

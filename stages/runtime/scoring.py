@@ -33,6 +33,16 @@ class View(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """A model, loaded, beside its reference. `held` is what its INT8 cache was seen to hold, where it has one."""
+
+    held: "CacheBytes"
+
+    def scores(self, work: Sequence[Sequence[Window]], progress: Callable[[int, int], None]) -> Iterator["TokenScores"]:
+        """Of every batch in turn."""
+        ...
+
+
 @dataclass(frozen=True)
 class Served:
     """A resident model with the KV cache that it is served with; None is the ordinary one, in the model's dtype."""

@@ -1,4 +1,4 @@
-"""Which modules AWQ scales against each other. Needs no torch: a plan counts them.
+"""Which modules AWQ and SmoothQuant scale against each other. Needs no torch: a plan counts them.
 
 Multiplying the input columns of some Linear layers by s and dividing what feeds them by s changes nothing but how well the
 layers' weights round. What feeds them is a norm or another Linear layer, and takes the division into its own weights:
@@ -53,3 +53,8 @@ def smoothings(packed: ModelSpec) -> list[Smoothing]:
                 smooth, searched, *balance = (f"model.layers.{layer}.{name}" for name in (pair.smooth, pair.searched, *pair.balance))
                 found.append(Smoothing(smooth, tuple(balance), searched))
     return found
+
+
+def norm_smoothings(packed: ModelSpec) -> list[Smoothing]:
+    """Those that norms take the division of: SmoothQuant's, for what feeds the attention and the MLP."""
+    return [pair for pair in smoothings(packed) if pair.smooth.endswith("layernorm")]

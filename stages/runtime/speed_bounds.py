@@ -2,7 +2,8 @@
 
     bounds(held, Peaks(bandwidth=20e9, flops=400e9), Load(batch=8, prompt_tokens=256, new_tokens=32)).decode    # tokens/s
 
-`held` is the model as the engine has it in memory: transformers multiplies packed weights out, so that each token reads dense ones.
+`held` is the model as the engine has it in memory: transformers multiplies compressed-tensors' weights out, so that each token reads dense
+ones, and computes with bitsandbytes' as they are stored.
 """
 
 from typing import NamedTuple
@@ -39,8 +40,9 @@ class Bounds(NamedTuple):
 
 
 def as_engine_holds(model: ModelSpec, engine: str) -> ModelSpec:
-    """The model in memory: dense for transformers; vllm keeps packed weights."""
-    return model.dense() if engine == "transformers" else model
+    """The model in memory: dense for transformers, but for bitsandbytes' formats; vllm keeps packed weights."""
+    kept = any(group.format.by_bitsandbytes for group in model.groups)
+    return model.dense() if engine == "transformers" and not kept else model
 
 
 def peak_bytes(on_gpu: bool) -> int:

@@ -12,12 +12,12 @@ one such core, the small model's evaluation, training, calibration and packing a
 
 import math
 
-from pipeline.artifact import DatasetSpec
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.roofline import Work, attention_flops, multiplied_parameters, table_size
 from pipeline.spec import ModelSpec
 from stages.runtime.launch import ALONE, Processes
 from stages.runtime.lora_settings import adapter_spec, target_groups
-from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, offloaded_bytes
+from stages.runtime.scheme import CalibrationExecution, Observer, Windows, offloaded_bytes
 from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams
 
 TOKEN_BYTES = 4  # of text: English with vocabularies of 32,000 words and more; the small model's 4,096 words make it 3.4 of Python
@@ -25,6 +25,7 @@ TOKEN_BYTES = 4  # of text: English with vocabularies of 32,000 words and more; 
 # A core, a second, of what all cores share:
 PACKED = 50e6  # weights rounded and packed: 47e6 to 76e6, by bits and zero points
 UNPACKED = 50e6  # weights multiplied out: 26e6 to 71e6
+CLIPPED = 60e6  # weights rounded, in bf16, with one share of their group's range
 ROUNDED = 130e6  # weights rounded for a forward, in bf16
 CHECKED = 1.0e9  # bytes of bf16 searched for nan and inf
 # Of what one core does alone:
@@ -35,6 +36,7 @@ TOKENIZED = 2.5e6  # bytes of text
 
 # Bytes moved in the memory of the device that computes:
 ADAMW_BYTES = 28 + 12  # for each trained weight and update: weight, gradient, two moments read, three written; the gradient clipped
+CLIPPING_TRAFFIC = 210  # for each weight and share of its group's range: CLIPPED on a core, at 0.4 of the 31 GB/s it copies with
 ACCUMULATION_BYTES = 18  # for each trained weight and micro batch: cast to bf16 (6), its gradient written, read and added up (12)
 
 
@@ -62,14 +64,25 @@ def packing(packed: ModelSpec) -> Work:
     return Work(cpu_shared=packed_weights(packed) / PACKED)
 
 
+def clipping(packed: ModelSpec, observer: Observer) -> Work:
+    """Of the search for each group's range, where `observer` is one."""
+    return Work(cpu_shared=packed_weights(packed) * observer.steps / CLIPPED)
+
+
+def calibrated_clipping(packed: ModelSpec, observer: Observer) -> Work:
+    """The same by llm-compressor, on the device that calibrates."""
+    return Work(nbytes=packed_weights(packed) * observer.steps * CLIPPING_TRAFFIC)
+
+
 def digesting(nbytes: float) -> Work:
     """Of published files, read once for it."""
     return Work(disk=nbytes, cpu=nbytes / HASHED)
 
 
 def proving(checkpoint: ModelSpec) -> Work:
-    """Of a checkpoint that is on disk: every value is looked at, then every byte digested."""
-    return digesting(checkpoint.nbytes) + Work(disk=checkpoint.nbytes, cpu_shared=checkpoint.nbytes / CHECKED)
+    """Of a checkpoint that is on disk: every value is looked at, zeros are counted where there must be some, then every byte digested."""
+    counting = reading(checkpoint) if checkpoint.sparsity else Work()
+    return digesting(checkpoint.nbytes) + Work(disk=checkpoint.nbytes, cpu_shared=checkpoint.nbytes / CHECKED) + counting
 
 
 def publishing(checkpoint: ModelSpec) -> Work:
@@ -115,7 +128,7 @@ def unpacking_nf4(params: TrainingParams, model: ModelSpec, passes: int) -> floa
 
 
 def calibrating(
-    params: CalibratedQuantization,
+    params: Windows,
     execution: CalibrationExecution,
     dense: ModelSpec,
     packed: ModelSpec,

@@ -66,7 +66,7 @@ class LayerwiseScorer:
         self.cache = load_cache(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         self.view = Swept(model, self.cache)
         self.plain = Swept(model) if self.cache is not None else None
-        self.beside = _reference(reference, device) if reference else None
+        self.beside = load_swept(reference, device) if reference else None
         self.held = CacheBytes()
         self.hidden_bytes = hidden_bytes
 
@@ -94,5 +94,6 @@ class LayerwiseScorer:
             self.held.see(sum(self.view.per_sequence.values()), sum(self.view.per_token.values()))
 
 
-def _reference(folder: Path, device: torch.device) -> Swept:
+def load_swept(folder: Path, device: torch.device) -> Swept:
+    """The folder's model and the cache that its `kv_cache.json` asks for."""
     return Swept(LayerwiseModel(folder, device=device), load_cache(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False)))

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ def train(
     params: TrainingParams,
     execution: TrainingExecution,
     work: Path,
+    sparse: Collection[str] = (),
 ) -> dict[str, float]:
     """Train in place those parameters of `module` that require a gradient; it stands on its device already.
 
     `module(**batch)` returns {"loss": the SUM over the micro batch's counted tokens, float32 scalar, and any further such sums, which
     become curves}; a batch has "labels" [samples, length], aligned with the logits (labels[t] is the target of position t), -100 where
-    none counts. `samples` has a length. The caller has switched gradient checkpointing on, and removes `work` at the end.
+    none counts. `samples` has a length. Of the parameters named in `sparse` only what is not zero is trained. The caller has switched
+    gradient checkpointing on, and removes `work` at the end.
 
     Continues from the last checkpoint in `work`, the module being as it was at the first start. Returns `train_loss` (mean loss per
     counted token over the last tenth of the curve), `first_train_loss` (of the first update), and of all attempts together, without
@@ -60,7 +62,7 @@ def train(
     batches = update_batches(count, params, execution.micro_batch_size, process_index(), num_processes())
     loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collate)
     found = _checkpoints(ctx, work)
-    trainer = _Trainer(ctx, module, _arguments(params, execution, work), loader, execution.checkpoint_minutes * 60)
+    trainer = _Trainer(ctx, module, _arguments(params, execution, work), loader, execution.checkpoint_minutes * 60, frozenset(sparse))
     if found:
         ctx.resumed(f"update {_step_of(found[-1])} of {params.steps}")
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -138,13 +140,19 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
     """Trainer with our loss, our loader, our checkpoints and our reports."""
 
     def __init__(
-        self, ctx: Context, module: torch.nn.Module, arguments: TrainingArguments, loader: torch.utils.data.DataLoader[Any], pause: float
+        self,
+        ctx: Context,
+        module: torch.nn.Module,
+        arguments: TrainingArguments,
+        loader: torch.utils.data.DataLoader[Any],
+        pause: float,
+        sparse: frozenset[str],
     ) -> None:
         super().__init__(module, arguments, train_dataset=loader.dataset, callbacks=[_Clock(ctx, pause)])
         self.remove_callback(PrinterCallback)
         self._set_precision()
         self.model_accepts_loss_kwargs = True  # makes it count the labels of a global batch, and not divide by the micro batches
-        self.ctx, self.loader = ctx, loader
+        self.ctx, self.loader, self.sparse = ctx, loader, sparse
         self.since, self.positions = time.monotonic(), 0  # the last log or the start, and the tokens computed after it
         self.sums: dict[str, Any] = {}  # curves beside the loss, summed over ...
         self.updates = 0  # ... the updates since the last log
@@ -176,8 +184,15 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Called before each update, where gradients are clipped."""
+        self._keep_zeros()
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once for each update, before it."""
+        if grad_norm is None:  # nothing is clipped
+            self._keep_zeros()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.updates += 1
         if not math.isfinite(norm) or not math.isfinite(self._tr_loss):
@@ -186,6 +201,13 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
                 f"finite at a learning rate of {self._get_learning_rate():.3g}; lower learning_rate or raise warmup_ratio"
             )
         return norm
+
+    def _keep_zeros(self) -> None:
+        """AdamW moves nothing whose gradient has always been zero: both moments stay zero, and decay takes a share of nothing. So the
+        zeros are their own mask, and no copy of it is kept."""
+        for name, value in self._trained().items():
+            if name in self.sparse and value.grad is not None:
+                value.grad.masked_fill_(value.detach() == 0, 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.artifact import DatasetSpec
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, tokenizer_digest
+from pipeline.artifact import Checkpoint, Dataset, tokenizer_digest
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import CheckpointFileError
 from tests.stages.models import save_tokenizer
 

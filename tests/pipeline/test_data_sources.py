@@ -13,7 +13,8 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from pipeline import documents
-from pipeline.artifact import Dataset, DatasetSpec, sha256_file
+from pipeline.artifact import Dataset, sha256_file
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.documents import read_conversations, read_documents
 from pipeline.errors import RecipeError
 from pipeline.identity import DigestMemo, data_key

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from pipeline.architecture import Architecture
 from pipeline.layout import WeightFormat
 from pipeline.model_config import CONFIGS
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.spec import ModelSpec
 from tests.pipeline.test_spec import LLAMA_8B
 
 MIXTRAL = LLAMA_8B | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -93,7 +94,7 @@ def test_a_packed_checkpoint_s_config_gives_its_spec() -> None:
         (quantized(WEIGHTS | {"group_size": 0}), "group_size is 0; groups need at least one column"),
         (quantized(WEIGHTS | {"group_size": None}), "group_size is None; groups need at least one column"),
         (quantized(WEIGHTS | {"group_size": "128"}), "weights.group_size is '128'; input should be a valid integer"),
-        (quantized(WEIGHTS | {"strategy": "channel", "group_size": -1}), "weights are int by channel; only int by group is read"),
+        (quantized(WEIGHTS | {"strategy": "tensor"}), "weights are int by tensor; only int by group or channel is read"),
         (quantized(ignore=["re:("]), "ignore: 're:(' is not a regular expression (missing )"),
         (quantized(ignore=[5]), "quantization_config.ignore.0 is 5; input should be a valid string"),
     ],

@@ -39,9 +39,10 @@ def written(value: Any, place: str = "") -> Iterator[str]:
 
 
 def test_every_field_of_a_plan_is_documented_and_every_documented_field_is_written(tmp_path: Path) -> None:
-    """Plans that between them have logits, an adapter, a load that fits and one that does not, and a stage that cannot run."""
+    """Plans that between them have logits, an adapter, a load that fits and one that does not, a stage that cannot run, an environment."""
     untrainable = ["405b_to_h100_nvl", "order=[prune,recover]", "+stage@stages.recover=qlora", "stages.recover.num_samples=192"]
-    plans = [plan_json(plan_of_shipped(tmp_path, "70b_to_single_a100")), plan_json(plan_of_shipped(tmp_path, *untrainable))]
+    isolated = ["13b_to_rtx4090", "stages.quantize.backend=gptqmodel", "stages.quantize.execution.offload=ram"]
+    plans = [plan_json(plan_of_shipped(tmp_path, *asked)) for asked in (["70b_to_single_a100"], untrainable, isolated)]
     found = {field for plan in plans for field in written(plan)}
     told = documented(PAGE.read_text())
     assert sorted(found - told) == [], "docs/plan.md lacks them"

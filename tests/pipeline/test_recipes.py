@@ -47,9 +47,10 @@ def test_what_405b_s_recipe_says_does_not_fit_does_not(tmp_path: Path, overrides
     assert (round(found.weights / 1e9, 1), round(found.cache / 1e9, 1), found.fits) == (weights, cache, False)
 
 
-def test_three_bits_of_405b_would_fit_and_vllm_has_no_kernel_for_them(tmp_path: Path) -> None:
+def test_three_bits_of_405b_would_fit_and_one_kernel_of_vllm_takes_them(tmp_path: Path) -> None:
     plan = plan_of_shipped(tmp_path, "405b_to_h100_nvl", "order=[quantize,kv_cache]", "stages.quantize.num_bits=3")
-    assert fit_of(plan).fits and "vllm" not in [line.engine for line in serving_lines(plan.final_spec)]
+    vllm = serving_lines(plan.final_spec)[0]
+    assert fit_of(plan).fits and vllm.engine == "vllm" and "only Humming's multiply weights of 3 bits" in vllm.note
 
 
 def test_98_layers_of_405b_are_too_many_to_be_trained_on_the_gpu_of_a_stage(tmp_path: Path) -> None:

@@ -110,10 +110,11 @@ def test_lines_for_copying_are_never_broken(model: Path, tmp_path: Path) -> None
     assert lines[-1] == "mlflow   mlflow ui"
 
 
-@pytest.mark.parametrize(("num_bits", "served"), [(4, True), (8, True), (3, False)])
-def test_vllm_is_named_only_for_widths_it_has(model: Path, tmp_path: Path, num_bits: int, served: bool) -> None:
+@pytest.mark.parametrize(("num_bits", "noted"), [(4, False), (8, False), (3, True)])
+def test_vllm_is_named_with_what_is_to_be_known_of_its_kernels(model: Path, tmp_path: Path, num_bits: int, noted: bool) -> None:
     lines = closing_lines(run(plan_of(model, tmp_path, num_bits=num_bits), tmp_path), "")
-    assert any(line.startswith("serve") for line in lines) == served
+    served = next(line for line in lines if line.startswith("serve"))
+    assert ("only Humming's multiply weights of 3 bits" in served) == noted
 
 
 def test_an_inserted_conversion_is_explained(model: Path, tmp_path: Path) -> None:

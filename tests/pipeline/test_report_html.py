@@ -11,6 +11,7 @@ import pytest
 import pipeline.report_plots
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.findings import DataCheckReport, GateReport, PositionReport
+from pipeline.layer_bits import LayerBits
 from pipeline.pages import PAGE, TEXT, write_pages
 from pipeline.plan import Plan
 from pipeline.report import Report, build_report
@@ -212,6 +213,22 @@ def test_a_plot_shows_the_figures_of_the_report(full: Report) -> None:
     assert "0-64" in plots["positions"] and "128-192" in plots["positions"]
     assert full.served is not None
     assert "KV cache" in plots["memory"] and "all of card 8 GB" in plots["memory"]
+
+
+def test_bits_that_differ_by_layer_are_a_map_and_a_table(full: Report) -> None:
+    assert "bits" not in draw(full)[0] and "Bits by layer" not in render(full, "")[0]
+    rows = (
+        LayerBits(kind="self_attn.q_proj", bits=(3, 4, 8)),
+        LayerBits(kind="mlp.down_proj", bits=(4, None, 3)),
+        LayerBits(kind="lm_head", bits=(8,)),
+    )
+    mixed = full.model_copy(update={"layer_bits": rows})
+    drawn, problems = draw(mixed)
+    assert not problems and all(text in drawn["bits"] for text in ("3 bits", "4 bits", "8 bits", "q_proj", "down_proj", "lm_head"))
+    page = Page(render(mixed, "")[0])
+    assert "Bits by layer, as a table" in page.text and "self_attn.q_proj" in page.text
+    many = full.model_copy(update={"layer_bits": (LayerBits(kind="self_attn.q_proj", bits=(3, 4) * 40),)})
+    assert drawn["bits"].count("<text") > draw(many)[0]["bits"].count("<text")  # 80 layers are too many to number
 
 
 def test_a_plot_that_fails_is_told_and_tried_again(full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,14 @@ def test_an_int8_cache_is_a_flag_of_every_engine() -> None:
 
 
 def test_an_engine_is_named_only_for_weights_it_has_kernels_for() -> None:
-    assert [list(commands(packed(bits, size))) for bits, size in ((4, 32), (3, 32), (4, 16))] == [
-        ["vllm", "llama.cpp"], ["llama.cpp"], ["llama.cpp"],
+    assert [list(commands(packed(bits, size))) for bits, size in ((4, 32), (8, 32), (3, 32), (4, 16), (4, 8))] == [
+        ["vllm", "lmdeploy", "llama.cpp"], ["vllm", "llama.cpp"], ["vllm", "llama.cpp"], ["vllm", "llama.cpp"], ["llama.cpp"],
     ]  # fmt: skip
+
+
+def test_weights_that_one_kernel_alone_takes_are_noted() -> None:
+    notes = {(bits, size): serving_lines(packed(bits, size))[0].note for bits, size in ((4, 32), (8, 64), (3, 32), (4, 16))}
+    assert [size for size, note in notes.items() if "only Humming's multiply weights" in note] == [(3, 32), (4, 16)]
 
 
 def test_calibrated_scales_are_not_promised_to_a_server() -> None:

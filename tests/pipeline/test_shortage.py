@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import DatasetSpec
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.compose import resources
 from pipeline.served import known_targets
 from pipeline.shortage import CUDA_BYTES, Shortage, shortage

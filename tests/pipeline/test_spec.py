@@ -8,9 +8,10 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.architecture import Architecture
 from pipeline.headers import TensorEntry
 from pipeline.layout import WeightFormat
-from pipeline.spec import Architecture, ModelSpec, ignored
+from pipeline.spec import ModelSpec, ignored
 
 MODELS = Path(__file__).parents[2] / "conf" / "model"
 PARAMETERS = {  # as the hub counts the published files, less the `inv_freq` that those of Llama 2 carry

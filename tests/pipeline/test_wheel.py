@@ -21,6 +21,7 @@ def test_a_wheel_plans_the_quickstart_outside_the_checkout(tmp_path: Path) -> No
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pipeline", "stages"}
     kinds = {name.split("/")[2] for name in names if name.startswith("pipeline/resources/")}
     assert kinds == {"conf", "recipes", "assets"}
+    assert {f"pipeline/engines/{name}.yaml" for name in ("vllm", "transformers", "lmdeploy", "llama_cpp")} <= set(names)
     assert not [name for name in names if ".training/" in name or name.endswith((".pt", ".bin"))]
 
     script = "import pipeline, sys; print(pipeline.__file__); from pipeline.cli import main; main()"

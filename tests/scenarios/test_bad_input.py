@@ -17,7 +17,7 @@ from tests.scenarios.conftest import Run
         (["mode=plan"], "no recipe is chosen; write recipe=<name>"),
         (["recipe=mine.yaml", "stage@stages.quantize=gtpq"], "stage: there is no 'gtpq'; did you mean 'gptq'?"),
         (["recipe=mine.yaml", "stages.prune.mlp_raito=0.3"], "stages.prune.mlp_raito: there is no such setting; did you mean 'mlp_ratio'?"),
-        (["recipe=mine.yaml", "mode=plam"], "mode: 'plam' does not fit; input should be 'run', 'plan' or 'gc'"),
+        (["recipe=mine.yaml", "mode=plam"], "mode: 'plam' does not fit; input should be 'run', 'plan', 'gc' or 'check'"),
         (["recipe=mine.yaml", "oops"], "oops: this is not `key=value`; quote values that hold spaces, commas or brackets"),
         (["recipe=mine.yaml", "target=a100"], "target: there is no 'a100'; did you mean 'a100_80gb'?"),
         (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint, sha256_file
+from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint, sha256_file
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import tensor_table
 from pipeline.stage import Context
 from pipeline.target import Target

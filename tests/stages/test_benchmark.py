@@ -13,9 +13,9 @@ from pipeline import identity
 from pipeline.artifact import Benchmark, Checkpoint, DenseCheckpoint, Manifest
 from pipeline.errors import InputProblems, PlanError
 from pipeline.identity import backend, stage_key
+from pipeline.installed import check_installed
 from pipeline.machine import fingerprint
 from pipeline.misses import explain_miss
-from pipeline.plan import check_installed
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
 from pipeline.store import Store

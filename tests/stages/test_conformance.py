@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import MEASUREMENTS, Artifact, Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact import MEASUREMENTS, Artifact, Checkpoint, Dataset, DenseCheckpoint, Export, QuantizedCheckpoint, Sensitivity
+from pipeline.artifact_spec import DatasetSpec
+from pipeline.gguf_file import read_gguf
 from pipeline.headers import read_header, tensor_table
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage, find_stage, output_ports, stage_names
 from pipeline.target import Memory, Target
+from stages.runtime.gguf_check import check_file
 from stages.runtime.guard import check_checkpoint
 from tests.stages.models import TEXT, make_checkpoint
 
@@ -25,12 +28,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 # What makes a stage do something on a model this small; a stage without an entry must work with its defaults.
 PARAMS: dict[str, dict[str, Any]] = {
     "structured_prune": {"mlp_ratio": 0.4, "head_ratio": 0.5, "round_to": 32, "group_size": 32},
+    "sparse_prune": {"num_samples": 4, "max_length": 32},
+    "sensitivity": {"choices": [3, 4], "group_size": 32, "num_samples": 4, "max_length": 32},
     "teacher_logits": {"num_samples": 4, "max_length": 32, "k": 8},
     "distill": {"num_samples": 8, "max_length": 32, "global_batch_size": 4, "lr_scheduler_type": "linear"},
     "qlora": {"num_samples": 8, "max_length": 32, "global_batch_size": 4},
     "rtn": {"group_size": 32, "symmetric": False},
     "gptq": {"group_size": 32, "num_samples": 4, "max_length": 32},
     "awq": {"group_size": 32, "num_samples": 4, "max_length": 32, "n_grid": 4},
+    "gguf": {"format": "F16"},  # the others need llama.cpp: tests/stages/test_gguf_quantized.py
+    "int8": {"smoothing_strength": 0.5, "num_samples": 4, "max_length": 32},
+    "bnb": {"double_quant": True},
     "kv_cache": {"mode": "static", "num_samples": 4, "max_length": 32},
     "evaluate": {"max_length": 64},
     "gate": {"metric": "perplexity", "max": 10},
@@ -95,8 +103,12 @@ def test_the_inferred_spec_is_what_stands_on_disk(name: str, source: Path, tmp_p
     for name, port in ports.items():
         artifact, spec = (made, inferred) if len(ports) == 1 else (getattr(made, name), getattr(inferred, name))
         assert isinstance(artifact, port.accepts)
-        if isinstance(spec, ModelSpec):
+        if isinstance(artifact, Export):
+            hold_export_to_its_spec(artifact, spec)
+        elif isinstance(spec, ModelSpec):
             hold_to_its_spec(artifact.path, spec, source)
+        elif isinstance(artifact, Sensitivity):
+            assert artifact.measured.divergence and artifact.measured.model_copy(update={"divergence": None}) == spec
         else:  # its table is its own test's matter
             assert sum(entry.nbytes for file in artifact.path.rglob("*.safetensors") for entry in read_header(file).values()) == spec.nbytes
 
@@ -109,6 +121,11 @@ def hold_to_its_spec(folder: Path, spec: ModelSpec, source: Path) -> None:
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert (folder / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def hold_export_to_its_spec(export: Export, spec: ModelSpec) -> None:
+    check_file(export.file, spec)
+    assert read_gguf(export.file).tensor_bytes == spec.nbytes
 
 
 @pytest.mark.parametrize("name", stage_names())

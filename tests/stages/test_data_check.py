@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.artifact import DataFormat, Dataset, DatasetSpec, EvalReport
+from pipeline.artifact import Dataset, EvalReport
+from pipeline.artifact_spec import DataFormat, DatasetSpec
 from pipeline.errors import InputProblems
 from pipeline.stage import Context
 from pipeline.target import Target

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec, LogitsSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from pipeline.target import Target

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, EvalReport
+from pipeline.artifact import Checkpoint, Dataset, DenseCheckpoint, EvalReport
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.stage import Context
 from pipeline.target import Target

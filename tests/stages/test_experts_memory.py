@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.artifact import DatasetSpec
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage, find_stage
 from pipeline.target import Target

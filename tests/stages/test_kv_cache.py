@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.companions import CACHE_FILE, SCALES_FILE
 from pipeline.identity import stage_key
 from pipeline.kv_sidecar import read_cache

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, EvalReport
+from pipeline.artifact import Checkpoint, Dataset, DenseCheckpoint, EvalReport
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.stage import Context
 from pipeline.target import Target
 from stages.kv_cache import KVCache

@@ -10,7 +10,8 @@ import pytest
 import torch
 from compressed_tensors.offload import OffloadCache, disable_onloading
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import read_header
 from pipeline.stage import Context, find_stage
 from pipeline.target import Target

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.identity import stage_key
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context

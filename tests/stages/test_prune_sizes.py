@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import DatasetSpec
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.architecture import Architecture
+from pipeline.artifact_spec import DatasetSpec
+from pipeline.spec import ModelSpec
 from pipeline.target import Target
 from stages.structured_prune import StructuredPrune
 

@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from pipeline.artifact import Adapter, Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Adapter, Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from pipeline.target import Target

@@ -81,16 +81,22 @@ def test_the_inferred_spec_is_what_stands_on_disk(tmp_path: Path, config: dict, 
     check_checkpoint(made.path, inferred)
 
 
+@pytest.mark.parametrize("observer", [{}, {"observer": "mse"}, {"observer": "mse", "maxshrink": 0.29}], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
-def test_it_equals_llm_compressors_own_round_to_nearest(tmp_path: Path, num_bits: int, symmetric: bool) -> None:
+def test_it_equals_llm_compressors_own_round_to_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bits: int, symmetric: bool, observer: dict
+) -> None:
+    monkeypatch.setattr(packing, "BLOCK_WEIGHTS", 64 * 32)  # several blocks of rows, over all of which the library's search goes on or ends
     source = make_checkpoint(tmp_path / "source", num_hidden_layers=1)
     weights = {"num_bits": num_bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 32}
+    weights |= {"observer": f"memoryless_{observer.get('observer', 'minmax')}"}
+    weights |= {"observer_kwargs": {"maxshrink": observer["maxshrink"]}} if "maxshrink" in observer else {}
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     group = {"group_0": {"targets": ["Linear"], "weights": weights}}
     oneshot(model=model, recipe=[QuantizationModifier(config_groups=group, ignore=["lm_head"])])
     model.save_pretrained(tmp_path / "theirs", save_compressed=True)
-    made = quantize(source, tmp_path / "ours", num_bits=num_bits, symmetric=symmetric)
+    made = quantize(source, tmp_path / "ours", num_bits=num_bits, symmetric=symmetric, **observer)
     theirs, ours = load_file(tmp_path / "theirs/model.safetensors"), load_file(made.path / "model.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

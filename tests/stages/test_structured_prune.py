@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.architecture import Architecture
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import tensor_table
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions
 from stages.runtime.text import calibration_windows, load_tokenizer

@@ -12,7 +12,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec, DenseCheckpoint, LogitsSpec, TeacherLogits, tokenizer_digest
+from pipeline.artifact import Checkpoint, Dataset, DenseCheckpoint, TeacherLogits, tokenizer_digest
+from pipeline.artifact_spec import DatasetSpec, LogitsSpec
 from pipeline.headers import CheckpointFileError, read_header
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
@@ -122,7 +123,8 @@ def test_a_vocabulary_above_65536_words_has_ids_of_32_bits(tmp_path: Path) -> No
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.stage import Context
 from stages.runtime import logits_layout
 from stages.teacher_logits import RecordTeacher

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import DatasetSpec
+from pipeline.architecture import Architecture
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.layout import WeightFormat
 from pipeline.roofline import Work, seconds
-from pipeline.spec import Architecture, ModelSpec
+from pipeline.spec import ModelSpec
 from pipeline.stage import find_stage
 from pipeline.target import Target
 from stages.runtime.stage_work import TOKEN_BYTES, forward_flops, packed_weights, training

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from pipeline.artifact import Dataset, DatasetSpec, DenseCheckpoint
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from pipeline.target import Target

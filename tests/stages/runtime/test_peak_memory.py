@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.artifact import DatasetSpec
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.layout import WeightFormat
 from pipeline.spec import ModelSpec
 from pipeline.stage import find_stage

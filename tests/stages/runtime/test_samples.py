@@ -8,7 +8,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from pipeline.artifact import Checkpoint, Dataset, DatasetSpec
+from pipeline.artifact import Checkpoint, Dataset
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime.samples import as_sample, collate, training_samples

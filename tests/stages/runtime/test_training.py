@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from pipeline.artifact import DatasetSpec
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime import training
