@@ -20,7 +20,7 @@ quickstart: install
 
 test: install
 	@echo 'left out: tests marked gpu (they need an accelerator) and extras (make test-extras: isolated environments, GGUF, Ray)'
-	$(BIN)/python -m pytest -m "not gpu and not extras"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not extras"  # two workers: the suite is made for two cores
 	$(BIN)/lint-imports --no-cache
 
 test-extras: install

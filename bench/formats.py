@@ -35,23 +35,23 @@ def run(arguments: Sequence[str], outputs: Path) -> None:
         raise SystemExit("the sweep did not end; its messages are above")
 
 
-def jobs(outputs: Path) -> Iterator[dict[str, Any]]:
-    """The report of every job of every sweep, in the order in which they ran; what failed is told by name."""
+def jobs(outputs: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The backend that was asked for and the report, of every job of every sweep, in the order in which they ran; what failed is told."""
     records = [json.loads(file.read_text()) for file in (outputs / "sweeps").glob("formats_shootout-*/jobs/*.json")]
     for record in sorted(records, key=lambda record: record["started"]):
         if record["exit_code"] == 0:
-            yield json.loads((Path(record["run_dir"]) / "report.json").read_text())
+            asked = [override.partition("=")[2] for override in record["overrides"] if ".backend=" in override]
+            yield "".join(asked), json.loads((Path(record["run_dir"]) / "report.json").read_text())
         else:
             print(f"failed: {record['name'] or record['overrides']}: {record['error']}")
 
 
-def row(report: dict[str, Any]) -> tuple[str, ...]:
+def row(backend: str, report: dict[str, Any]) -> tuple[str, ...]:
     """The cells of one job; empty where its engine does not say."""
     made = next(stage for stage in report["stages"] if stage["planned_bytes"] is not None)
     speed = next((stage["metrics"] for stage in report["stages"] if stage["stage"] == "benchmark"), {})
     metrics = report["metrics"]
     peak = None if made["measured_peak"] is None else made["measured_peak"] - (made["measured_floor"] or 0)
-    backend = next((note.partition("backend ")[2].split()[0].rstrip(",:;") for note in made["notes"] if note.startswith("backend ")), "")
     cells = (
         f"{metrics['nbytes'] / 1e6:.2f}", f"{metrics['bits_per_weight']:.2f}", f"{metrics['perplexity']:.3f}",
         f"{metrics['perplexity_change_pct']:+.2f} %", f"{metrics['kl_divergence']:.4f}", f"{100 * (1 - metrics['top1_agreement']):.1f} %",
@@ -74,7 +74,7 @@ def main() -> None:
         run([f"order={','.join(f'[{name},evaluate,speed]' for name in GGUF)}", "stages.speed.engine=llama.cpp"], outputs)
     for name, backends in BACKENDS.items() if args.backends else ():
         run([f"order=[{name},evaluate,speed]", f"stages.{name}.backend={','.join(backends)}"], outputs)
-    rows = [COLUMNS, *map(row, jobs(outputs))]
+    rows = [COLUMNS, *(row(*job) for job in jobs(outputs))]
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(COLUMNS))]
     for cells in rows:
         print(

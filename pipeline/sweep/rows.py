@@ -203,14 +203,15 @@ def _seed_run(result: Result, seeds: Sequence[str]) -> SeedRun:
 
 
 def _labelled(rows: Sequence[Row]) -> list[Row]:
-    """Those that share a name told apart: by their parameters, by the digest where these are the same."""
+    """Those that share a name told apart: by parameters, by what the recipe calls their stages, else by the digest."""
     labelled = []
     for row in rows:
         same = [other for other in rows if other.name == row.name]
         names = _differing([other.params for other in same])
         told = [f"{name}={json.dumps(row.params[name]).strip(chr(34))}" for name in names if name in row.params]
         if len(same) > 1 and [other.params for other in same].count(row.params) > 1:
-            told.append(row.runs[0].digest[:SHORT])
+            own = [name for name in row.order if any(name not in other.order for other in same)]
+            told += own or [row.runs[0].digest[:SHORT]]
         labelled.append(row.model_copy(update={"label": f"{row.name} ({', '.join(told)})"}) if told else row)
     return labelled
 
