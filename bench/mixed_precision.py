@@ -33,7 +33,11 @@ def main() -> None:
         for row in sweep(outputs, budget, num_bits, group_size)["rows"]:
             kl = json.loads((Path(row["folder"]) / "report.json").read_text())["metrics"]["kl_divergence"]
             change = row["vs_best"]
-            behind = f"  +{change['percent']:.2f} % [{change['low']:.2f}, {change['high']:.2f}]{', a tie' if row['tie'] else ''}" if change else ""
+            behind = (
+                f"  +{change['percent']:.2f} % [{change['low']:.2f}, {change['high']:.2f}]{', a tie' if row['tie'] else ''}"
+                if change
+                else ""
+            )
             print(f"  {row['order'][-2]:<8} {row['nbytes']:>10,} B  perplexity {row['perplexity']:.3f}  KL {kl:.4f}{behind}")
 
 
