@@ -1,7 +1,7 @@
 """Bits by layer against the same bits everywhere at equal size: `python bench/mixed_precision.py [--outputs FOLDER]`.
 
-Runs the recipe `mixed_precision` as sweeps of two jobs and prints what their rankings say: bytes, perplexity and KL divergence of both, and how
-much higher the worse one's perplexity is, with the paired 95 % interval. The sensitivities are measured once.
+Runs the recipe `mixed_precision` as sweeps of two jobs and prints what their rankings say: bytes, perplexity and KL divergence of both, and
+how much higher the worse one's perplexity is, with the paired 95 % interval. The sensitivities are measured once.
 """
 
 import argparse
