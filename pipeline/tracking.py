@@ -217,15 +217,20 @@ def short_name(plan: Plan) -> str:
 
 
 def short_stage(node: PlannedNode) -> str:
-    """A quantizing stage by its method, width (`gptq4.5`: a budget, of scales too) and unusual group size (`gptq4g64`), any other by the
-    recipe's own name for it."""
+    """A quantizing stage by its method, width (`gptq4.5`: a budget, of scales too), unusual group size and what else it was told
+    (`gptq4g64`, `gptq4(auto_gptq)`, `rtn4(mse)`), any other by the recipe's own name for it."""
     num_bits = getattr(node.stage.params, "num_bits", None)
     if mixed := getattr(node.stage.params, "mixed_precision", None):
         num_bits = f"{mixed.budget_bits:g}"
     if num_bits is None:
         return node.name.partition("@")[0]
-    group_size = non_default(node.stage.params).get("group_size")
-    return f"{node.stage.name}{num_bits}" + (f"g{group_size}" if group_size else "")
+    chosen = non_default(node.stage.params)
+    told = [chosen[name] for name in ("backend", "observer") if name in chosen]
+    return (
+        f"{node.stage.name}{num_bits}"
+        + (f"g{chosen['group_size']}" if "group_size" in chosen else "")
+        + (f"({', '.join(told)})" if told else "")
+    )
 
 
 def measurements(manifest: Manifest) -> dict[str, float]:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from pipeline.recipe import TrackingSettings
 from pipeline.report import Report, build_report
 from pipeline.run_record import RunRecord
 from pipeline.spool import FOLDER, Recorded, Spool, follow, is_live, spools
-from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, short_name
+from pipeline.tracking import RECORDER_ENVIRONMENT, Tracker, short_name, short_stage
 from pipeline.tracking_uri import is_recorded, place_of, view_command
+from stages.gptq import GPTQ
+from stages.rtn import RTN
 from tests.pipeline.rehearsal import plan_of, rehearse, small_model
 
 LONG = 120.0  # seconds for a recorder on a loaded machine
@@ -361,6 +364,13 @@ def test_what_mlflow_would_refuse_is_put_into_its_form() -> None:
     assert legal("acc,none@2") == "acc_none_2"
     assert parameter([1, 2]) == "[1, 2]"
     assert parameter("x" * 6001) == "(6001 characters: see the recipe among the artifacts)"
+
+
+def test_a_quantizer_s_short_name_says_how_it_was_told_to_round(model: Path, tmp_path: Path) -> None:
+    told = plan_of(model, tmp_path, order=["quantize"])
+    stage = RTN.from_dict({"num_bits": 3, "observer": "mse"})
+    assert short_stage(replace(told.nodes[0], stage=stage)) == "rtn3(mse)"
+    assert short_stage(replace(told.nodes[0], stage=GPTQ.from_dict({"backend": "auto_gptq"}))) == "gptq4(auto_gptq)"
 
 
 def test_conversions_are_in_the_short_name(model: Path, tmp_path: Path) -> None:
