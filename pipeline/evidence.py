@@ -108,7 +108,7 @@ class _Evidence:
     def _evaluation(self) -> Stage:
         """As the recipe's own stage `evaluate` is set, else as it comes."""
         config = self.recipe.stages.get("evaluate")
-        return config.stage if config else find_stage("evaluate")()
+        return config.stage if config else find_stage("evaluate")().on(self.recipe.machine)
 
     def _twins(self) -> None:
         """Before everything else, each comparing stage on the source model itself, without a reference."""

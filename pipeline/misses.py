@@ -1,5 +1,6 @@
 """Why a node is not in the store: what is new about it, down to the field, against the most similar execution that is."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ from pipeline.artifact import Manifest
 from pipeline.identity import backend
 from pipeline.stage import Stage
 from pipeline.store import Store
+
+OTHER_DTYPE = re.compile(r"params\.compute_dtype: (bf16|fp32) -> \w+")  # all that keeps a stored result from being a hit
 
 
 def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
@@ -19,6 +22,8 @@ def explain_miss(store: Store, stage: Stage, inputs: Mapping[str, str]) -> str:
             best = changes
     if best is None:
         return "never run"
+    if len(best) == 1 and (other := OTHER_DTYPE.fullmatch(best[0])):
+        return f"{best[0]}; compute_dtype: {other[1]} takes what is stored"
     return ", ".join(best[:3]) + (f" and {len(best) - 3} more" if len(best) > 3 else "") if best else "its files are damaged"
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint, Manifest
 from pipeline.artifact_spec import Spec
 from pipeline.bounds import is_open, outputs_as_made
+from pipeline.compute_dtype import slow_sentences
 from pipeline.envs import Environments, PlannedEnvironment
 from pipeline.errors import InputProblems, RecipeError
 from pipeline.evidence import build
@@ -31,7 +32,7 @@ from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
 from pipeline.store import Store, digests_read
 from pipeline.target import Memory
-from pipeline.together import conversation_problems, located, read_tokenizer, reads_chats, task_problems, token_problems
+from pipeline.together import conversation_problems, idle_dtype, located, read_tokenizer, reads_chats, task_problems, token_problems
 
 NOTHING = Ref("", "")
 Status = Literal["hit", "miss", "pending", "unknown"]  # unknown: a library of the stage is not installed here
@@ -131,6 +132,7 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
 
     With `execute`, digests left pending by a plan are computed and a hub model is downloaded; PlanError where a library is missing.
     """
+    recipe = recipe.on_its_machine()
     if execute:
         check_installed({name: recipe.stages[name].stage for name in recipe.order if name in recipe.stages})
     memo = DigestMemo(store.root / "digests.json")
@@ -193,6 +195,7 @@ class _Evaluation:
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in node.inputs.items()}
         self.problems += token_problems(node, self.tokenizers)
         unreadable = conversation_problems(node, self.chats, self.specs) + task_problems(node, self.specs)
+        unreadable += [located(configured(node, graph), problem) for problem in idle_dtype(node.stage)]
         folder = self.folders.get(worked_on(node.inputs) or NOTHING, Path())
         if folder != Path():  # else a hub model's, which is not here yet
             unreadable += [located(configured(node, graph), problem) for problem in node.stage.refusals(folder)]
@@ -229,6 +232,7 @@ class _Evaluation:
         self.bounds |= {Ref(node.name, port) for port in ports} if bound else set()
         inserted = (f"inserted: {node.why}",) if node.why else ()
         machine, work = self.recipe.machine, node.stage.work(**specs)
+        slow = slow_sentences(node.stage.compute_dtype, machine, node.stage.on_gpu(machine))
         memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
         short = shortage(node.name, node.stage, specs, machine, others) if lacking(memory, machine) else None
         lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
@@ -243,7 +247,7 @@ class _Evaluation:
             memory=memory,
             status=status,
             reason=reason,
-            notes=(*inserted, *left_dense(node, graph), *node.stage.explain(**specs)),
+            notes=(*inserted, *left_dense(node, graph), *node.stage.explain(**specs), *slow),
             work=work,
             seconds=lasts,
             dollars=dollars(lasts, machine),

@@ -160,6 +160,9 @@ def _lines(plan: Plan) -> Iterator[str]:
             reasons.setdefault(f"unknown: {node.reason}", []).append(node.name)
     for reason, names in reasons.items():
         yield f"{reason}: {', '.join(names)}"
+    computed = {dtype: None for node in plan.nodes if (dtype := node.stage.compute_dtype)}
+    if computed:
+        yield f"computed in {' and '.join(computed)}: stages.<name>.compute_dtype says otherwise"
     yield from (environment.sentence for environment in plan.environments)
     if not all(artifact.key for artifact in plan.sources.values()):
         yield "digest of a model or dataset pending: hit or miss is known once it has been computed (it is when the recipe runs)"

@@ -8,13 +8,14 @@ data_check: {max_overlap: 0.1}                                      # null: none
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
 
 from pipeline.layout import Frozen
 from pipeline.stage import Stage, find_stage
+from pipeline.target import Target
 from pipeline.validated import validated
 
 
@@ -55,6 +56,10 @@ class Quality:
     gates: tuple[GateConfig, ...] = ()
     data_check: Stage | None = None
 
+    def on(self, machine: Target) -> "Quality":
+        """With a probe that computes as that machine does fastest."""
+        return self if self.probe is None else replace(self, probe=replace(self.probe, stage=self.probe.stage.on(machine)))
+
 
 def read_quality(config: Mapping[str, Any], evaluate: Mapping[str, Any], problems: list[str]) -> Quality:
     """From the composed config; `evaluate` is the content of the recipe's stage of that name. Notes every problem."""
@@ -76,6 +81,7 @@ def read_quality(config: Mapping[str, Any], evaluate: Mapping[str, Any], problem
 def _probe(settings: ProbeSettings, evaluate: Mapping[str, Any]) -> ProbeConfig | None:
     execution = evaluate.get("execution") or {}
     params = {"max_documents": settings.max_documents, "max_length": settings.max_length}
+    params |= {name: evaluate[name] for name in ("compute_dtype",) if name in evaluate}
     stage = _stage("evaluate", params, execution, "probe", [])  # what is wrong with the execution is told of the stage itself
     return None if stage is None else ProbeConfig(settings.after, stage)
 

@@ -8,7 +8,7 @@ fields of `Settings`. Then every field is validated, unknown keys are refused, a
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +129,11 @@ class Recipe:
     def machine(self) -> Target:
         """Where the stages run."""
         return self.compute or self.target
+
+    def on_its_machine(self) -> "Recipe":
+        """With every `compute_dtype: auto` replaced by what the machine computes fastest in."""
+        stages = {name: replace(config, stage=config.stage.on(self.machine)) for name, config in self.stages.items()}
+        return replace(self, stages=stages, quality=self.quality.on(self.machine))
 
 
 class TrackingSettings(Frozen):

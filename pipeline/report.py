@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.artifact import EvalReport, Export, Manifest
+from pipeline.compute_dtype import Dtype
 from pipeline.errors import Interrupted
 from pipeline.findings import (
     DataCheckReport,
@@ -65,6 +66,7 @@ class StageReport(Frozen):
     notes: tuple[str, ...]
     log: str | None  # of a stage that failed
     version: int = 1  # of the stage
+    compute_dtype: Dtype | None = None  # in which the stage multiplies; None: it does not
     created: str | None = None  # when the artifact was made, ISO 8601, UTC
     libraries: dict[str, str] = {}  # whose version is part of the key
     environment: dict[str, str] = {}  # where it was computed: interpreter, machine, versions
@@ -257,6 +259,7 @@ def _stage_report(plan: Plan, node: PlannedNode, record: NodeRecord, stopped: bo
         notes=tuple(dict.fromkeys(notes)),
         log=record.log,
         version=node.stage.version,
+        compute_dtype=node.stage.compute_dtype,
         created=manifest.created if manifest else None,
         libraries=manifest.backend if manifest else {},
         environment=manifest.environment if manifest else {},

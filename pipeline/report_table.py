@@ -144,6 +144,8 @@ def closing_lines(report: Report, mlflow: str, page: Path | None = None) -> list
     lines = [summary(report)] if report.verdict == "complete" else []
     held = comparison(report)
     lines += [f"planned  {held}"] if held else []
+    computed = sorted({stage.compute_dtype for stage in report.stages if stage.compute_dtype})
+    lines += [f"computed in {' and '.join(computed)}"] if computed else []
     lines += [f"note     {name}: {note}" for note, name in notes(report).items()]
     scores = task_sentences(report)
     lines += [f"task     {sentence}" for sentence in scores[:MOST_SCORES]]

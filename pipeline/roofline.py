@@ -20,8 +20,10 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target
 
 UTILISATION = 0.4  # of the peak: Llama 3 405B trained at 0.38 to 0.43 (https://arxiv.org/abs/2407.21783, table 4)
-FLOAT32_GPU = 16  # times slower than bf16: 312 to 19.5 TFLOP/s (A100 data sheet), as torch uses TF32 only if told; 2 on an RTX 4090
-FLOAT32_CPU = 2  # 2.3 measured on a core with AVX-512 BF16; 1 where a CPU has no instructions for bf16
+# Times slower than bf16, where a target does not say: 312 to 19.5 TFLOP/s (A100 data sheet), as torch uses TF32 only if told (2 on an
+# RTX 4090); and 2.3 measured on a core with AVX-512 BF16.
+FLOAT32_GPU = 16
+FLOAT32_CPU = 2
 CORE_FLOPS = 2e11  # FLOP/s in bf16 of a core beside GPUs: 210e9 measured on one of an EPYC with AVX-512 BF16 ...
 CORES = 8  # ... and how many there are at least, where the target does not say: clouds rent an A100 with 12 and more
 
@@ -53,7 +55,8 @@ def seconds(work: Work, target: Target, utilisation: float = UTILISATION, device
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation: {utilisation} is not a share of the peak; write a number above 0 and up to 1")
-    compute = work.flops + work.float32_flops * (FLOAT32_GPU if target.gpus else FLOAT32_CPU)
+    slower = target.flops / target.float32_flops if target.flops and target.float32_flops else FLOAT32_GPU if target.gpus else FLOAT32_CPU
+    compute = work.flops + work.float32_flops * slower
     cores = target.cores or (CORES if target.gpus else 1)
     cpu = work.cpu + work.cpu_shared / cores
     if target.gpus:

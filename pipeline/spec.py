@@ -142,6 +142,10 @@ class ModelSpec(Frozen):
         """The same model, its KV cache stored in that mode."""
         return self.model_copy(update={"kv_cache": self.kv_cache.model_copy(update={"mode": mode})})
 
+    def in_dtype(self, dtype: DType) -> "ModelSpec":
+        """The same model with what is dense, and the scales of what is not, in that dtype: as it is in memory while it computes so."""
+        return self.model_copy(update={"architecture": self.architecture.model_copy(update={"dtype": dtype})})
+
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of the checkpoint."""
         return {

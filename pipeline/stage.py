@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Union
 from pydantic import Field
 
 from pipeline.artifact import Artifact
+from pipeline.compute_dtype import Computing, Dtype, fastest_dtype
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.layout import Frozen
 from pipeline.roofline import Work
@@ -176,6 +177,22 @@ class Stage(ABC):
         if scope:
             return type(self)(self.params, self.execution.model_copy(update={field: value}))
         return type(self)(self.params.model_copy(update={field: value}), self.execution)
+
+    @property
+    def computes(self) -> bool:
+        """Whether these parameters make it multiply with weights, so that the dtype of that changes the result."""
+        return isinstance(self.params, Computing)
+
+    @property
+    def compute_dtype(self) -> Dtype | None:
+        """In which it multiplies; None: it does not."""
+        return self.params.computes_in if self.computes and isinstance(self.params, Computing) else None
+
+    def on(self, machine: Target) -> "Stage":
+        """The same stage as it computes there: `compute_dtype: auto` is replaced by what that machine computes fastest in."""
+        if not self.computes or getattr(self.params, "compute_dtype", "") != "auto":
+            return self
+        return self._with("", "compute_dtype", fastest_dtype(machine if self.on_gpu(machine) else machine.without_gpus()))
 
     def on_gpu(self, target: Target) -> bool:
         """Whether it computes on a GPU of that machine."""

@@ -115,7 +115,9 @@ class Target(Frozen):
     ram: Size | None = Field(default=None, gt=0)
     cores: int | None = Field(default=None, ge=1)
     unified: bool = False  # CPU and GPU share one memory: `memory` is the part of `ram` that the GPU may take
+    compute_capability: float | None = Field(default=None, gt=0)  # NVIDIA's number for what a GPU can do; None: 8.0 or later
     flops: Flops | None = Field(default=None, gt=0)  # FLOP/s in bf16, dense (data sheets like to print twice that, for sparse matrices)
+    float32_flops: Flops | None = Field(default=None, gt=0)  # FLOP/s in float32; None: a usual share of `flops` (pipeline/roofline.py)
     bandwidth: Bandwidth | None = Field(default=None, gt=0)  # bytes per second between a processor and its memory
     disk_bandwidth: Bandwidth = Field(default=1e9, gt=0)  # bytes per second of its files: assumed; an NVMe disk has 2 to 7 GB/s
     reserve: Size | None = Field(default=None, ge=0)  # bytes that the engine keeps from weights and cache; None: see `kept`
@@ -156,7 +158,11 @@ class Target(Frozen):
 
     def without_gpus(self) -> "Target":
         """What computes there beside the GPUs: of a machine that has some, neither FLOP/s nor bandwidth are known."""
-        return self.model_copy(update={"gpus": 0, "memory": None, "flops": None, "bandwidth": None}) if self.gpus else self
+        return (
+            self.model_copy(update={"gpus": 0, "memory": None, "flops": None, "float32_flops": None, "bandwidth": None})
+            if self.gpus
+            else self
+        )
 
     @property
     def devices(self) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.artifact import Artifact, Checkpoint, has_chat_template, tokenizer_digest
 from pipeline.artifact_spec import DatasetSpec, Spec
 from pipeline.graph import Node, Ref
+from pipeline.stage import Stage
 
 TASKS_PORT = "tasks"
 
@@ -49,6 +50,14 @@ def task_problems(node: Node, specs: Mapping[Ref, Spec]) -> list[str]:
                 needed = "needs a folder of tasks; name a split of format tasks"
             problems.append(f"stages.{node.name}.inputs.{port}: {ref} {held} {node.stage.name} {needed}")
     return problems
+
+
+def idle_dtype(stage: Stage) -> list[str]:
+    """A dtype of the computation where nothing is computed with it."""
+    chosen = getattr(stage.params, "compute_dtype", "auto")
+    if stage.computes or chosen == "auto":
+        return []
+    return [f"compute_dtype: with these settings {stage.name} multiplies nothing with the model's weights itself; leave it out"]
 
 
 def read_tokenizer(artifact: Artifact) -> str | None:

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
 from pipeline.artifact_spec import DatasetSpec
-from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work, attention_flops
 from pipeline.spec import ModelSpec
 from pipeline.stage import HALVES, MAIN, Context, Stage
@@ -67,6 +66,10 @@ class AWQ(Stage):
     def env(self) -> str:
         return self.backend.env if self.backend else MAIN
 
+    @property
+    def computes(self) -> bool:
+        return self.backend is None  # the others compute in dtypes of their own
+
     def infer(self, model: ModelSpec, calibration: DatasetSpec) -> ModelSpec:
         quantized = self.params.apply(model)
         check_backend(self.backend, self.params, self.execution, model)
@@ -75,7 +78,8 @@ class AWQ(Stage):
 
     def memory(self, model: ModelSpec, calibration: DatasetSpec, target: Target) -> Memory:
         """While the scales of one decoder layer are searched: the inputs of its searched modules are kept for every window."""
-        packed, item, tokens = self.params.apply(model), ITEM_BYTES[model.dtype], self.params.tokens
+        packed, item, tokens = self.params.apply(model), self.params.item, self.params.tokens
+        in_memory = self.params.in_memory(model)
         shapes = {name: group.shape for group in packed.linear_groups for name in group.module_names}
         inputs: Counter[str] = Counter()  # decoder layer -> columns of what its searched modules read
         copies, rounded, changed = 0, 0, set[str]()
@@ -89,15 +93,15 @@ class AWQ(Stage):
             "copies of one module's weights": copies,
             **peak(  # weights are scaled and rounded, then their module runs
                 {"working memory of one weight": SEARCH_BYTES * rounded},
-                {"activations of one batch": batch_memory(self.params, model, self.execution.batch_size)},
+                {"activations of one batch": batch_memory(self.params, in_memory, self.execution.batch_size)},
             ),
         }
         if self.backend:
             return backend_memory(self.backend, self.params, self.execution, model, search, self.on_gpu(target))
         kept = {"inputs of one layer's searched modules": tokens * item * max(inputs.values(), default=0)}
         on_gpu = self.on_gpu(target)
-        held = calibration_memory(self.params, self.execution, model, packed, changed, kept if on_gpu else kept | search)
-        return held.model_copy(update={"vram": {"one layer": layer_bytes(model), **search}}) if on_gpu else held
+        held = calibration_memory(self.params, self.params, self.execution, model, packed, changed, kept if on_gpu else kept | search)
+        return held.model_copy(update={"vram": {"one layer": layer_bytes(in_memory), **search}}) if on_gpu else held
 
     def work(self, model: ModelSpec, calibration: DatasetSpec) -> Work:
         """For every r the weights are scaled and rounded, and their module runs on all windows; once more it runs dense."""
@@ -114,9 +118,9 @@ class AWQ(Stage):
             flops += 2 * sizes[pair.searched] + attention * pair.searched.endswith("self_attn")
             nbytes += SEARCH_TRAFFIC * sum(sizes[name] for name in pair.balance)
             changed |= {pair.smooth, *pair.balance}
-        searching = Work(flops=(p.n_grid + 1) * p.tokens * flops, nbytes=p.n_grid * nbytes)
+        searching = p.products((p.n_grid + 1) * p.tokens * flops) + Work(nbytes=p.n_grid * nbytes)
         found = calibrated_clipping(packed, p.ranges)
-        return calibrating(p, self.execution, model, packed, changed, calibration) + searching + found
+        return calibrating(p, p, self.execution, model, packed, changed, calibration) + searching + found
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
         shape, sentences = model.architecture, self.params.explain() + backend_sentences(self.backend)
@@ -142,6 +146,7 @@ class AWQ(Stage):
 
         from stages.runtime.oneshot import StrictAWQ, quantize_calibrated
         from stages.runtime.packing import scheme_of
+        from stages.runtime.tensors import DTYPES
 
         params, source = self.params, model.model_spec
         pairs = smoothings(params.apply(source))
@@ -151,7 +156,10 @@ class AWQ(Stage):
             duo_scaling=params.duo_scaling,
             offload_device=torch.device("cpu"),  # one layer's inputs for all windows; the library would keep them on the accelerator
         )
-        scheme, ignore = scheme_of(params.format, observer=params.ranges), list(params.ignored_names(source))
+        scheme, ignore = (
+            scheme_of(params.format, observer=params.ranges, scale_dtype=DTYPES[source.dtype]),
+            list(params.ignored_names(source)),
+        )
         round_to_nearest = QuantizationModifier(config_groups={"group_0": scheme}, ignore=ignore)
         searched = {pair.searched: params.n_grid + 1 for pair in pairs}  # once dense, then for every r
         return quantize_calibrated(ctx, model, calibration, params, self.execution, [scale, round_to_nearest], searched=searched)

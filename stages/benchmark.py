@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import Benchmark, Checkpoint, Export
+from pipeline.compute_dtype import Computing
 from pipeline.errors import InputProblems
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
@@ -50,7 +51,7 @@ class BenchmarkStage(Stage):
     libraries: tuple[str, ...] = ("torch", "transformers", "compressed-tensors")
     measures_machine = True
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         """All of it, the device too, changes what is measured."""
 
         engine: Literal["transformers", "vllm", "llama.cpp"] = "transformers"
@@ -72,6 +73,8 @@ class BenchmarkStage(Stage):
         def _has_an_effect(self) -> "BenchmarkStage.Params":
             if self.engine != "vllm" and self.tensor_parallel_size > 1:
                 raise ValueError(f"tensor_parallel_size: {self.engine} computes on one device here; leave it out or write engine: vllm")
+            if self.engine == "llama.cpp" and self.compute_dtype != "auto":
+                raise ValueError("compute_dtype: llama.cpp computes in dtypes of its own; leave it out")
             if self.engine == "llama.cpp" and self.device == "cuda":
                 raise ValueError("device: llama.cpp computes on the CPU here; leave it out or write device: cpu")
             if self.engine == "vllm" and self.device == "cpu":
@@ -86,6 +89,10 @@ class BenchmarkStage(Stage):
             self.libraries = (*self.libraries, "vllm")
         if self.params.engine == "llama.cpp":
             self.libraries = ("torch", "llama-cpp-python")
+
+    @property
+    def computes(self) -> bool:
+        return self.params.engine != "llama.cpp"
 
     def on_gpu(self, target: Target) -> bool:
         return target.cuda and self.params.device != "cpu" and self.params.engine != "llama.cpp"
@@ -115,11 +122,13 @@ class BenchmarkStage(Stage):
 
     def memory(self, model: ModelSpec, target: Target) -> Memory:
         """The largest batch, or the peaks of the machine, which are measured after the model is gone."""
-        p, shape, item, on_gpu = self.params, model.architecture, ITEM_BYTES[model.dtype], self.on_gpu(target)
+        p, on_gpu, packed_bytes = self.params, self.on_gpu(target), model.nbytes
+        model = self._computed(model)
+        shape, item = model.architecture, ITEM_BYTES[model.dtype]
         held, load = as_engine_holds(model, p.engine), self.loads[-1]
         beside, loaded = resident_memory("model", model, on_gpu)
         if p.engine == "vllm" or not (model.is_dense or held.is_dense):
-            beside, loaded = {}, {"model, packed as in its files": model.nbytes}
+            beside, loaded = {}, {"model, packed as in its files": packed_bytes}
         tokens = load.batch * (load.prompt_tokens + load.new_tokens)
         running = {
             "KV cache": tokens * held.kv_cache.bytes_per_token,
@@ -133,12 +142,17 @@ class BenchmarkStage(Stage):
         return Memory(ram=peak(loaded | running, measuring))
 
     def work(self, model: ModelSpec) -> Work:
-        held, work = as_engine_holds(model, self.params.engine), reading(model)
+        held, work = as_engine_holds(self._computed(model), self.params.engine), reading(model)
         for load in self.loads:
             for part, count in ((prefill_work(held, load), 1), (step_work(held, load), load.new_tokens - 1)):
                 times = count * (1 + self.params.repeats)
-                work += Work(flops=times * part.flops, nbytes=times * part.nbytes)
+                work += Work(flops=times * part.flops) if not self.computes else self.params.products(times * part.flops)
+                work += Work(nbytes=times * part.nbytes)
         return work
+
+    def _computed(self, model: ModelSpec) -> ModelSpec:
+        """In the dtype of the computation; llama.cpp has dtypes of its own, near those of the file."""
+        return self.params.in_memory(model) if self.computes else model
 
     @property
     def loads(self) -> list[Load]:
@@ -157,7 +171,7 @@ class BenchmarkStage(Stage):
         from stages.runtime.benchmarking import measure, measure_peaks
         from stages.runtime.tensors import DTYPES
 
-        spec, floor = model.model_spec, resident()
+        spec, floor = self._computed(model.model_spec), resident()
         engine = self._engine(model)
         timings = []
         for load in self.loads:
@@ -186,6 +200,7 @@ class BenchmarkStage(Stage):
 
     def _engine(self, model: Checkpoint | Export) -> "Engine":
         from stages.runtime.benchmarking import TransformersEngine
+        from stages.runtime.loading import COMPUTE_DTYPES
         from stages.runtime.vllm_engine import VLLMEngine
 
         p = self.params
@@ -194,5 +209,5 @@ class BenchmarkStage(Stage):
 
             return LlamaCppEngine(model, p.prompt_tokens + p.new_tokens, max(p.batch_sizes))
         if p.engine == "transformers":
-            return TransformersEngine(model.path, p.device)
-        return VLLMEngine(model, p.prompt_tokens + p.new_tokens, max(p.batch_sizes), p.tensor_parallel_size)
+            return TransformersEngine(model.path, p.device, COMPUTE_DTYPES[p.computes_in])
+        return VLLMEngine(model, p.computes_in, p.prompt_tokens + p.new_tokens, max(p.batch_sizes), p.tensor_parallel_size)

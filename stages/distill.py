@@ -3,9 +3,9 @@
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.artifact import Checkpoint, Dataset, DenseCheckpoint, TeacherLogits
 from pipeline.artifact_spec import DatasetSpec, LogitsSpec
@@ -57,7 +57,14 @@ class Distill(Stage):
         learning_rate: float = Field(default=1e-4, gt=0)
         method: Literal["full", "lora"] = "full"
         lora: LoRAParams | None = None  # for method lora; None: its defaults
-        teacher_precision: Literal["bf16", "nf4"] = "bf16"  # a teacher in NF4 takes a quarter of the memory
+        teacher_precision: Literal["dense", "nf4"] = "dense"  # dense: in the dtype of the computation; NF4 takes a quarter of bf16's memory
+
+        @field_validator("teacher_precision", mode="before")
+        @classmethod
+        def _dense_was_bf16(cls, precision: Any) -> Any:
+            if precision == "bf16":
+                raise ValueError("a dense teacher computes as the student does; write dense, and compute_dtype: bf16 for both")
+            return precision
 
         @property
         def adapter(self) -> LoRAParams:
@@ -103,7 +110,7 @@ class Distill(Stage):
             "weights gathered for their layer": gathered_bytes(student) if processes.sharded else 0,
         }
         passing = {  # made in the forward, gone at the end of the backward
-            "copy of the weights in bf16": 0 if adapts or p.dtype == "fp32" or processes.sharded else 2 * student.num_parameters,
+            "copy of the weights in bf16": 0 if adapts or p.computes_in == "fp32" or processes.sharded else 2 * student.num_parameters,
             "gradient of the output embedding": 0 if adapts else (4 + 2) * shape.vocab_size * shape.hidden_size,  # and a chunk's part of it
             **activation_memory(p, self.execution, student, on_gpu, p.adapter if adapts else None),
         }
@@ -112,10 +119,9 @@ class Distill(Stage):
         held |= passing
         guide = {}
         if isinstance(teacher, ModelSpec):
-            in_bf16 = 2 * teacher.num_parameters
-            guide["teacher"] = nf4_bytes(teacher, double_quant=True) if p.teacher_precision == "nf4" else in_bf16
-            if p.teacher_precision == "bf16":
-                guide["teacher as it is stored, while loading"] = teacher.nbytes - in_bf16 if teacher.is_dense else teacher.nbytes
+            guide["teacher"] = nf4_bytes(teacher, True, p.item) if p.teacher_precision == "nf4" else p.item * teacher.num_parameters
+            if p.teacher_precision == "dense" and not teacher.is_dense:
+                guide["teacher as it is stored, while loading"] = teacher.nbytes
         if adapts and not on_gpu:
             held = peak(held, loading_memory(student, double_quant=True, item=p.item))
         held = {name: count for name, count in (held | guide).items() if count}
@@ -136,7 +142,7 @@ class Distill(Stage):
         if isinstance(teacher, ModelSpec):
             packed = unpacking_nf4(p, teacher, 1) * micro_batches(p, self.execution, processes.count)
             scored = forward_flops(teacher, p.tokens / processes.count, p.max_length)
-            work += reading(teacher) + Work(flops=scored, nbytes=packed if p.teacher_precision == "nf4" else 0)
+            work += reading(teacher) + p.products(scored) + Work(nbytes=packed if p.teacher_precision == "nf4" else 0)
         elif teacher is not None:
             work += Work(disk=p.epochs * teacher.nbytes)
         return work
@@ -176,15 +182,15 @@ class Distill(Stage):
             metrics = launch(ctx, self, self.execution.accelerate_config, inputs, ctx.output / "processes")
             return DenseCheckpoint(ctx.output, student.model_spec, metrics=metrics)
         from stages.runtime.distillation import DistillationLoss, full_trainee, load_teacher, lora_trainee, numbered, stack
-        from stages.runtime.loading import resolve_device
-        from stages.runtime.lora import DTYPES
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.processes import process_index
         from stages.runtime.samples import window_samples
         from stages.runtime.text import calibration_windows, load_tokenizer
         from stages.runtime.training import train as fit
 
         p, work, device = self.params, ctx.output / "training", resolve_device(self.execution.device)
-        guide, windows = load_teacher(teacher, student, p.teacher_precision, device) if teacher else (None, None)
+        dtype = COMPUTE_DTYPES[p.computes_in]
+        guide, windows = load_teacher(teacher, student, p.teacher_precision, device, dtype) if teacher else (None, None)
         tokenizer = load_tokenizer(student.path)
         if windows is None:
             windows = calibration_windows(train, tokenizer, p.num_samples, p.max_length)
@@ -193,7 +199,7 @@ class Distill(Stage):
         if p.method == "full":
             trainee = full_trainee(student, device, progress)
         else:
-            trainee = lora_trainee(student, device, DTYPES[p.dtype], p.adapter, p.seed, work, progress, ctx.note)
+            trainee = lora_trainee(student, device, dtype, p.adapter, p.seed, work, progress, ctx.note)
         if self.execution.gradient_checkpointing:
             trainee.model.gradient_checkpointing_enable({"use_reentrant": False})
         module = DistillationLoss(trainee.model, guide, p.temperature, p.alpha)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, EvalReport, Export, tokenizer_digest
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
@@ -60,7 +61,7 @@ class Evaluate(Stage):
     libraries: tuple[str, ...] = ("torch", "transformers", "compressed-tensors")
     lightens = {"execution.batch_size": HALVES, "execution.mode": ("layerwise",), "execution.hidden_states": (1 << 30,)}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         max_length: int = Field(default=512, ge=2)  # tokens of context; the model's max_position where that is less
         max_documents: int | None = Field(default=None, ge=1)
 
@@ -93,7 +94,8 @@ class Evaluate(Stage):
         """The models compute one after the other, and then their logits are compared. Resident models keep their blocks for that."""
         if model.is_gguf:
             return self._memory_beside_llama_cpp(model, eval, target, reference)
-        models = [("model", model)] + ([("reference", reference)] if reference else [])
+        in_memory = self.params.in_memory
+        models = [("model", in_memory(model))] + ([("reference", in_memory(reference))] if reference else [])
         held, items = self._weights(models, eval, self.on_gpu(target))
         tokens, computing = self.execution.batch_size * self.window(model), [0]
         for name, spec in models:
@@ -131,10 +133,10 @@ class Evaluate(Stage):
         share = min(1.0, self.params.max_documents / eval.documents) if self.params.max_documents and eval.documents else 1.0
         tokens, work = share * eval.nbytes / TOKEN_BYTES, tokenizing(eval)
         for spec in views:
-            work += Work(flops=forward_flops(spec, tokens, self.window(spec)))
+            work += self.params.products(forward_flops(spec, tokens, self.window(spec)))
         if self.execution.mode == "resident" or model.is_gguf:
             return work + reading(model) + (reading(reference) if reference else Work())
-        token_bytes = len(views) * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
+        token_bytes = len(views) * model.architecture.hidden_size * self.params.item
         sweeps = math.ceil(tokens * token_bytes / (self.execution.hidden_states or HIDDEN_STATES))
         for spec in views:
             work += reading(spec, sweeps)
@@ -187,15 +189,16 @@ class Evaluate(Stage):
 
     def _scorer(self, model: Checkpoint | Export, eval: Dataset, reference: Checkpoint | None) -> "Scorer":
         """What computes; apart from `run`, because llama.cpp is there only where an export was made."""
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.scoring import ResidentScorer
         from stages.runtime.swept import LayerwiseScorer
 
         device, hidden_states = resolve_device(self.execution.device), self.execution.hidden_states or HIDDEN_STATES
+        dtype = COMPUTE_DTYPES[self.params.computes_in]
         if isinstance(model, Export):
             from stages.runtime.gguf_scoring import LlamaCppScorer, reference_view
 
-            beside = reference_view(reference, device, self.execution.mode == "layerwise") if reference else None
+            beside = reference_view(reference, device, dtype, self.execution.mode == "layerwise") if reference else None
             return LlamaCppScorer(model, self.window(model.model_spec), beside, hidden_states, eval, self.params.max_documents)
-        folders = (model.path, reference.path if reference else None, device)
+        folders = (model.path, reference.path if reference else None, device, dtype)
         return ResidentScorer(*folders) if self.execution.mode == "resident" else LayerwiseScorer(*folders, hidden_states)

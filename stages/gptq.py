@@ -58,6 +58,10 @@ class GPTQ(Stage):
     def env(self) -> str:
         return self.backend.env if self.backend else MAIN
 
+    @property
+    def computes(self) -> bool:
+        return self.backend is None  # the others compute in dtypes of their own
+
     def unused(self) -> frozenset[str]:
         return self.params.unused_ports
 
@@ -80,13 +84,13 @@ class GPTQ(Stage):
         layer = {
             "Hessians of one layer": largest_layer(linears, lambda group: 4 * group.shape[1] ** 2),
             "working copies of one weight and its Hessian": max(4 * max(c * c, 2 * c * c + r * c, 3 * r * c) for r, c in shapes),
-            "activations of one batch": batch_memory(self.params, model, self.execution.batch_size),
+            "activations of one batch": batch_memory(self.params, self.params.in_memory(model), self.execution.batch_size),
         }
         changed = {name for group in linears for name in group.module_names}
         on_gpu = self.on_gpu(target)
         if self.backend:
             return backend_memory(self.backend, self.params, self.execution, model, layer, on_gpu)
-        held = calibration_memory(self.params, self.execution, model, quantized, changed, {} if on_gpu else layer)
+        held = calibration_memory(self.params, self.params, self.execution, model, quantized, changed, {} if on_gpu else layer)
         if not on_gpu:
             return held
         return held.model_copy(update={"vram": {"one layer": largest_layer(linears, lambda group: 4 * math.prod(group.shape)), **layer}})
@@ -100,7 +104,7 @@ class GPTQ(Stage):
         flops = sum(n * (2 * p.tokens * c**2 + 4 / 3 * c**3 + rows * c**2) for n, rows, c in shapes)
         nbytes = sum(n * rows * c * 16 * min(p.block_size, c) / 2 for n, rows, c in shapes)
         changed = {name for group in linears for name in group.module_names}
-        calibration_work = calibrating(p, self.execution, model, quantized, changed, calibration)
+        calibration_work = calibrating(p, p, self.execution, model, quantized, changed, calibration)
         return calibration_work + calibrated_clipping(quantized, p.ranges) + Work(float32_flops=flops, nbytes=nbytes)
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec, sensitivity: SensitivitySpec | None = None) -> list[str]:
@@ -124,11 +128,12 @@ class GPTQ(Stage):
         from stages.runtime.masked_gptq import MaskedGPTQ
         from stages.runtime.oneshot import GPTQWithReport, quantize_calibrated
         from stages.runtime.packing import schemes_of
+        from stages.runtime.tensors import DTYPES
 
         measured = sensitivity.measured if sensitivity else None
         spec = params.quantized(model.model_spec, measured)
         modifier = (MaskedGPTQ if model.model_spec.sparsity else GPTQWithReport)(
-            config_groups=schemes_of(spec, observer=params.ranges),
+            config_groups=schemes_of(spec, observer=params.ranges, scale_dtype=DTYPES[spec.dtype]),
             ignore=list(params.ignored_names(model.model_spec)),
             actorder=params.actorder,
             dampening_frac=params.dampening_frac,

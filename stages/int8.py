@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import WeightFormat
 from pipeline.roofline import Work
@@ -40,7 +41,7 @@ class Int8(Stage):
     libraries: tuple[str, ...] = ("torch", "compressed-tensors")
     lightens = {"execution.batch_size": HALVES, "execution.offload": ("disk",), "num_samples": HALVES}
 
-    class Params(FormatQuantization):
+    class Params(Computing, FormatQuantization):
         scheme: Literal["W8A8", "W8A16"] = "W8A8"
         smoothing_strength: float | None = Field(default=None, gt=0, lt=1)  # 0.5 is usual; None: no smoothing
         num_samples: int | None = Field(default=None, ge=1)  # smoothing: calibration windows, 128 if not given ...
@@ -86,6 +87,10 @@ class Int8(Stage):
         if self.params.smoothing_strength is not None:
             self.libraries = (*self.libraries, "transformers", "llmcompressor")
 
+    @property
+    def computes(self) -> bool:
+        return self.params.smoothing_strength is not None
+
     def unused(self) -> frozenset[str]:
         return frozenset({"calibration"}) if self.params.smoothing_strength is None else frozenset()
 
@@ -105,19 +110,20 @@ class Int8(Stage):
         quantized = self.params.apply(model)
         if self.params.smoothing_strength is None:
             return packing_memory(model, quantized, writes=quantized)
+        in_memory = self.params.in_memory(model)
         layer = {
-            "a smoothed copy of one layer's largest weight": largest_weight(model),
-            "activations of one batch": batch_memory(self.params.windows, model, self.execution.batch_size),
+            "a smoothed copy of one layer's largest weight": largest_weight(in_memory),
+            "activations of one batch": batch_memory(self.params.windows, in_memory, self.execution.batch_size),
         }
         on_gpu, changed = self.on_gpu(target), smoothed(quantized)
-        held = calibration_memory(self.params.windows, self.execution, model, quantized, changed, {} if on_gpu else layer)
-        return held.model_copy(update={"vram": {"one layer": layer_bytes(model), **layer}}) if on_gpu else held
+        held = calibration_memory(self.params.windows, self.params, self.execution, model, quantized, changed, {} if on_gpu else layer)
+        return held.model_copy(update={"vram": {"one layer": layer_bytes(in_memory), **layer}}) if on_gpu else held
 
     def work(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> Work:
         quantized = self.params.apply(model)
         if calibration is None:
             return rounding_work(model, quantized)
-        return calibrating(self.params.windows, self.execution, model, quantized, smoothed(quantized), calibration)
+        return calibrating(self.params.windows, self.params, self.execution, model, quantized, smoothed(quantized), calibration)
 
     def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset | None = None) -> QuantizedCheckpoint:
         from stages.runtime.packing import rounded_to_nearest
@@ -136,14 +142,15 @@ class Int8(Stage):
 
         from stages.runtime.oneshot import calibrate
         from stages.runtime.packing import quantization_config, scheme_of
+        from stages.runtime.tensors import DTYPES
 
         form, mappings = self.params.stored, [[list(pair.balance), pair.smooth] for pair in norm_smoothings(spec)]
         recipe = [
             SmoothQuantModifier(smoothing_strength=self.params.smoothing_strength, mappings=mappings),
-            QuantizationModifier(config_groups={"group_0": scheme_of(form)}, ignore=list(ignore)),
+            QuantizationModifier(config_groups={"group_0": scheme_of(form, scale_dtype=DTYPES[spec.dtype])}, ignore=list(ignore)),
         ]
         quantization = quantization_config(form, ignore)
-        return calibrate(ctx, model, calibration, self.params.windows, self.execution, recipe, spec, quantization)
+        return calibrate(ctx, model, calibration, self.params.windows, self.params, self.execution, recipe, spec, quantization)
 
 
 def smoothed(packed: ModelSpec) -> set[str]:

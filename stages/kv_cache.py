@@ -1,5 +1,6 @@
 """Store the KV cache of a served model as INT8: half the memory of a 16-bit cache, so twice the context or twice the batch."""
 
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 from pipeline.artifact import Checkpoint, Dataset
 from pipeline.artifact_spec import DatasetSpec
 from pipeline.companions import CACHE_FILE, SCALES_FILE
+from pipeline.compute_dtype import Computing
 from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.layout import CacheMode
 from pipeline.roofline import Work
@@ -42,7 +44,7 @@ class KVCache(Stage):
     libraries = ("torch", "transformers", "compressed-tensors")
     lightens = {"num_samples": HALVES}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         mode: CacheMode = "per_token_head"
         num_samples: int | None = Field(default=None, ge=1)  # static: calibration windows, 128 if not given ...
         max_length: int | None = Field(default=None, ge=2)  # ... of so many tokens, 256 if not given
@@ -60,6 +62,10 @@ class KVCache(Stage):
 
     params: Params
     execution: Execution
+
+    @property
+    def computes(self) -> bool:
+        return self.params.mode == "static"
 
     def unused(self) -> frozenset[str]:
         return frozenset() if self.params.mode == "static" else frozenset({"calibration"})
@@ -91,7 +97,10 @@ class KVCache(Stage):
         """Calibration holds one layer. Disk: weights are linked; those of a source folder are copied, but no spec tells which it is."""
         if self.params.mode != "static":
             return Memory()
-        sweep, disk = sweep_memory(model, *self._calibration), {"scales": 2 * 4 * model.kv_cache.layers * model.kv_cache.kv_heads}
+        sweep, disk = (
+            sweep_memory(self.params.in_memory(model), *self._calibration),
+            {"scales": 2 * 4 * model.kv_cache.layers * model.kv_cache.kv_heads},
+        )
         if self.on_gpu(target):
             return Memory(ram={HIDDEN_STATES: sweep.pop(HIDDEN_STATES)}, vram=sweep, disk=disk)
         return Memory(ram=sweep, disk=disk)
@@ -101,7 +110,7 @@ class KVCache(Stage):
         if calibration is None:
             return proving(model)
         samples, length = self._calibration
-        sweep = Work(flops=forward_flops(model, samples * length, length, head=False))
+        sweep = self.params.products(forward_flops(model, samples * length, length, head=False))
         return sweep + reading(model) + tokenizing(calibration) + proving(model)
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> list[str]:
@@ -121,11 +130,11 @@ class KVCache(Stage):
     def _calibrate(self, ctx: Context, model: Checkpoint, calibration: Dataset | None) -> None:
         """Apart from `run`, because these imports bring torch and transformers, which the other mode does without."""
         from stages.runtime.cache_scales import calibrate_scales, write_scales
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.text import calibration_windows, load_tokenizer
 
         assert calibration is not None, "infer has refused it"
         windows = calibration_windows(calibration, load_tokenizer(model.path), *self._calibration)
-        device = resolve_device(self.execution.device)
-        scales = calibrate_scales(model.path, windows, device, lambda done, total: ctx.progress("calibrating", done, total))
+        device, dtype = resolve_device(self.execution.device), COMPUTE_DTYPES[self.params.computes_in]
+        scales = calibrate_scales(model.path, windows, device, dtype, partial(ctx.progress, "calibrating"))
         write_scales(ctx.output, scales)

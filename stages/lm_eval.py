@@ -9,8 +9,8 @@ from pydantic import Field
 
 from pipeline.artifact import Checkpoint, Dataset, EvalReport, has_chat_template
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.errors import InputProblems, did_you_mean
-from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
 from pipeline.stage import HALVES, Context, Stage
@@ -41,7 +41,7 @@ class LMEval(Stage):
     compares = True
     lightens = {"execution.batch_size": HALVES}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         tasks: tuple[str, ...] = Field(min_length=1)  # names of tasks, groups or tags
         num_fewshot: int | None = Field(default=None, ge=0)  # examples in the prompt; as each task says, unless given
         limit: int | None = Field(default=None, ge=2)  # items of each task, the first ones
@@ -86,12 +86,14 @@ class LMEval(Stage):
         return min(self.params.max_length or positions, positions)
 
     def memory(self, model: ModelSpec, target: Target, tasks: DatasetSpec | None = None) -> Memory:
-        shape, item = model.architecture, ITEM_BYTES[model.dtype]
+        packed = 0 if model.is_dense else model.nbytes
+        model = self.params.in_memory(model)
+        shape, item = model.architecture, self.params.item
         tokens = self.execution.batch_size * self.window(model)
         widest = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.num_heads * shape.head_dim
         items = {"model, dense": model.dense().nbytes}
-        if not model.is_dense:
-            items["model, packed, while loading"] = model.nbytes
+        if packed:
+            items["model, packed, while loading"] = packed
         items["activations of one layer"] = tokens * widest * item
         items["KV cache"] = tokens * model.kv_cache.bytes_per_token
         if model.kv_cache.mode:
@@ -105,7 +107,7 @@ class LMEval(Stage):
         """Each item's text is read once; what is generated is taken to be as long. Of the harness' own tasks nothing is known before."""
         if tasks is None:
             return None
-        return reading(model) + Work(flops=2 * forward_flops(model, tasks.nbytes / TOKEN_BYTES, self.window(model)))
+        return reading(model) + self.params.products(2 * forward_flops(model, tasks.nbytes / TOKEN_BYTES, self.window(model)))
 
     def explain(self, model: ModelSpec, tasks: DatasetSpec | None = None) -> list[str]:
         said = []
@@ -151,7 +153,7 @@ class LMEval(Stage):
 
         from stages.runtime.harness_model import HarnessModel
         from stages.runtime.harness_vllm import load_vllm
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
 
         params, batch_size, window = self.params, self.execution.batch_size, self.window(model.model_spec)
         for task in tasks.values():
@@ -165,9 +167,10 @@ class LMEval(Stage):
         torch.manual_seed(SEED)
         lm: Any
         if params.engine == "vllm":
-            lm = load_vllm(model.path, batch_size, window)
+            lm = load_vllm(model.path, batch_size, window, params.computes_in)
         else:
-            lm = HarnessModel(model.path, resolve_device(self.execution.device), batch_size, window, ctx.progress)
+            device, dtype = resolve_device(self.execution.device), COMPUTE_DTYPES[params.computes_in]
+            lm = HarnessModel(model.path, device, dtype, batch_size, window, ctx.progress)
         found = evaluate(
             lm=lm,
             task_dict={"tasks": dict(tasks), "groups": {}},

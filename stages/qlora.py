@@ -112,15 +112,15 @@ class QLoRA(Stage):
 
     def run(self, ctx: Context, model: DenseCheckpoint, train: Dataset) -> QLoRAOutputs:
         from stages.runtime.causal_loss import CausalLoss
-        from stages.runtime.loading import resolve_device
-        from stages.runtime.lora import DTYPES, add_lora, load_nf4, merge_adapter, save_adapter
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
+        from stages.runtime.lora import add_lora, load_nf4, merge_adapter, save_adapter
         from stages.runtime.samples import collate, training_samples
         from stages.runtime.training import train as fit
 
         p, work = self.params, ctx.output / "training"
         device = resolve_device(self.execution.device)
         samples = training_samples(ctx, model, train, p.num_samples, p.max_length, p.loss_on or "assistant")
-        base = load_nf4(model.path, device, DTYPES[p.dtype], p.double_quant)
+        base = load_nf4(model.path, device, COMPUTE_DTYPES[p.computes_in], p.double_quant)
         adapted = add_lora(base, p.rank, p.lora_alpha, p.lora_dropout, p.seed)
         if self.execution.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})

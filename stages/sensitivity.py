@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from pipeline.artifact import SENSITIVITY_FILE, Dataset, DenseCheckpoint, Sensitivity
 from pipeline.artifact_spec import DatasetSpec, SensitivitySpec
-from pipeline.headers import ITEM_BYTES
+from pipeline.compute_dtype import Computing
 from pipeline.layout import WeightFormat
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
@@ -43,7 +43,7 @@ class MeasureSensitivity(Stage):
     libraries = ("torch", "transformers", "compressed-tensors")
     lightens = {"execution.batch_size": HALVES, "execution.hidden_states": (1 << 30,)}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         choices: tuple[Bits, ...] = (3, 4, 5, 8)  # widths that are tried
         group_size: int = Field(default=128, ge=1)
         symmetric: bool = True
@@ -74,7 +74,8 @@ class MeasureSensitivity(Stage):
         return SensitivitySpec(choices=p.choices, group_size=p.group_size, symmetric=p.symmetric, fused=p.fused, units=units)
 
     def memory(self, model: ModelSpec, calibration: DatasetSpec, target: Target) -> Memory:
-        shape, item, p = model.architecture, ITEM_BYTES[model.dtype], self.params
+        model = self.params.in_memory(model)
+        shape, item, p = model.architecture, self.params.item, self.params
         tokens = min(self.execution.batch_size, p.num_samples) * p.max_length
         linears = [group for group in model.linear_groups if group.layers]
         held = {"hidden states of the model and its variants": (self._at_once(model) + 1) * self._state_bytes(model)}
@@ -103,7 +104,8 @@ class MeasureSensitivity(Stage):
         head = forward_flops(model, tokens, p.max_length) - decoder
         passed = sweeps + sum(number * (layers - first) for first, number in variants) / layers
         compared = (sweeps + count) * tokens * model.architecture.vocab_size * DIVERGENCE_BYTES
-        return tokenizing(calibration) + reading(model, sweeps) + Work(flops=passed * decoder + (sweeps + count) * head, nbytes=compared)
+        multiplied = p.products(passed * decoder + (sweeps + count) * head)
+        return tokenizing(calibration) + reading(model, sweeps) + multiplied + Work(nbytes=compared)
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec) -> list[str]:
         units = len(units_of(self._packed(model), self.params.fused))
@@ -112,14 +114,14 @@ class MeasureSensitivity(Stage):
 
     def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset) -> Sensitivity:
         from stages.runtime.layerwise import LayerwiseModel, micro_batches
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.sensitivity import measure
         from stages.runtime.text import calibration_windows, load_tokenizer
 
         p, spec = self.params, model.model_spec
         assert isinstance(calibration.spec, DatasetSpec), "a plan gives every dataset its spec"
         windows = calibration_windows(calibration, load_tokenizer(model.path), p.num_samples, p.max_length)
-        source = LayerwiseModel(model.path, device=resolve_device(self.execution.device))
+        source = LayerwiseModel(model.path, COMPUTE_DTYPES[p.computes_in], resolve_device(self.execution.device))
         batches = micro_batches(windows, self.execution.batch_size * p.max_length)
         asked = self.infer(spec, calibration.spec)
         found = measure(ctx, source, units_of(self._packed(spec), p.fused), asked, batches, self._at_once(spec))
@@ -136,7 +138,7 @@ class MeasureSensitivity(Stage):
 
     def _state_bytes(self, model: ModelSpec) -> int:
         """Of one variant's hidden states."""
-        return self.params.num_samples * self.params.max_length * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
+        return self.params.num_samples * self.params.max_length * model.architecture.hidden_size * self.params.item
 
     def _at_once(self, model: ModelSpec) -> int:
         """Variants in one sweep, beside the model itself; at least those of one unit."""

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from pipeline.artifact import Dataset, DenseCheckpoint
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.errors import InputProblems
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import Sparsity
@@ -52,7 +53,7 @@ class SparsePrune(Stage):
     libraries = ("torch", "transformers")
     lightens = {"num_samples": HALVES}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
         pattern: Literal["unstructured", "2:4"] = "unstructured"  # 2:4: of any four consecutive inputs of a neuron, two go
         sparsity: float = Field(default=0.5, gt=0, lt=1)  # of each weight matrix, what goes of what is left
@@ -77,6 +78,10 @@ class SparsePrune(Stage):
 
     params: Params
     execution: Execution
+
+    @property
+    def computes(self) -> bool:
+        return self.params.calibrates
 
     def unused(self) -> frozenset[str]:
         return frozenset() if self.params.calibrates else frozenset({"calibration"})
@@ -114,7 +119,7 @@ class SparsePrune(Stage):
         largest = max(math.prod(shape) for shape in shapes)
         if not p.calibrates:
             return Memory(ram={"one weight": item * largest, "its scores, sorted, and its mask": 24 * largest}, disk=disk)
-        sweep = sweep_memory(model, p.num_samples, p.max_length)
+        sweep = sweep_memory(p.in_memory(model), p.num_samples, p.max_length)
         columns = shared_columns(model)
         if p.method == "wanda":
             pruning = {"norms of a layer's inputs": 4 * sum(columns), "scores of one weight, sorted, and its mask": 24 * largest}
@@ -138,7 +143,7 @@ class SparsePrune(Stage):
         if calibration is None:
             return streamed + Work(cpu=weights / SELECTED)
         tokens = p.num_samples * p.max_length
-        swept = Work(flops=2 * forward_flops(model, tokens, p.max_length, head=False)) + tokenizing(calibration) + streamed
+        swept = p.products(2 * forward_flops(model, tokens, p.max_length, head=False)) + tokenizing(calibration) + streamed
         if p.method == "wanda":
             return swept + Work(nbytes=20 * weights)
         layers = model.architecture.num_layers
@@ -164,15 +169,15 @@ class SparsePrune(Stage):
         return DenseCheckpoint(ctx.output, spec)
 
     def _prune_calibrated(self, ctx: Context, model: DenseCheckpoint, spec: ModelSpec, calibration: Dataset) -> None:
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.sparsifying import prune_calibrated, sparse_gpt, wanda
         from stages.runtime.text import calibration_windows, load_tokenizer
 
         p, count = self.params, counting(self.params, spec)
         method = wanda(count) if p.method == "wanda" else sparse_gpt(count, p.block_size, p.dampening_frac)
         windows = calibration_windows(calibration, load_tokenizer(model.path), p.num_samples, p.max_length)
-        device = resolve_device(self.execution.device)
-        prune_calibrated(model.path, ctx.output, windows, device, method, partial(ctx.progress, "pruning"))
+        device, dtype = resolve_device(self.execution.device), COMPUTE_DTYPES[p.computes_in]
+        prune_calibrated(model.path, ctx.output, windows, device, dtype, method, partial(ctx.progress, "pruning"))
 
 
 def sparsity_after(p: SparsePrune.Params, model: ModelSpec) -> Sparsity:

@@ -7,6 +7,7 @@ one layer. A Llama config whose heads no longer divide its hidden size is refuse
 are then written as Mistral, which computes the same.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from pydantic import Field
 from pipeline.architecture import Architecture
 from pipeline.artifact import Dataset, DenseCheckpoint
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.errors import InputProblems
 from pipeline.headers import ITEM_BYTES
 from pipeline.roofline import Work
@@ -37,7 +39,7 @@ class StructuredPrune(Stage):
     libraries = ("torch", "transformers")
     lightens = {"num_samples": HALVES}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         """Ratios are fractions removed; sizes are what is kept. An axis is pruned by one of them or left alone."""
 
         head_ratio: float = Field(0.0, ge=0, lt=1)
@@ -75,6 +77,10 @@ class StructuredPrune(Stage):
 
     params: Params
     execution: Execution
+
+    @property
+    def computes(self) -> bool:
+        return self.params.calibrates
 
     def unused(self) -> frozenset[str]:
         return frozenset() if self.params.calibrates else frozenset({"calibration"})
@@ -126,7 +132,7 @@ class StructuredPrune(Stage):
         cut, disk = cutting_memory(p, a, output.architecture), {"checkpoint": output.nbytes}
         if not p.calibrates:
             return Memory(ram=cut, disk=disk)
-        sweep = sweep_memory(model, p.num_samples, p.max_length)
+        sweep = sweep_memory(p.in_memory(model), p.num_samples, p.max_length)
         kept = {HIDDEN_STATES: sweep.pop(HIDDEN_STATES), "statistics": 8 * a.num_layers * (a.intermediate_size + a.num_heads)}
         on_gpu = self.on_gpu(target)
         return Memory(ram=peak(cut, kept if on_gpu else sweep | kept), vram=sweep if on_gpu else {}, disk=disk)
@@ -137,7 +143,7 @@ class StructuredPrune(Stage):
         if calibration is None:
             return cut
         p = self.params
-        sweep = Work(flops=forward_flops(model, p.num_samples * p.max_length, p.max_length, head=False))
+        sweep = p.products(forward_flops(model, p.num_samples * p.max_length, p.max_length, head=False))
         return cut + sweep + reading(model) + tokenizing(calibration)
 
     def run(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset | None = None) -> DenseCheckpoint:
@@ -167,13 +173,13 @@ class StructuredPrune(Stage):
     def _measure(self, ctx: Context, model: DenseCheckpoint, calibration: Dataset | None) -> "ActivationStatistics":
         """Apart from `run`, because these imports bring transformers, which pruning by magnitude does without."""
         from stages.runtime.activations import measure_activations
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.text import calibration_windows, load_tokenizer
 
         assert calibration is not None, "infer has refused it"
         windows = calibration_windows(calibration, load_tokenizer(model.path), self.params.num_samples, self.params.max_length)
-        device = resolve_device(self.execution.device)
-        return measure_activations(model.path, windows, lambda done, total: ctx.progress("measuring", done, total), device)
+        device, dtype = resolve_device(self.execution.device), COMPUTE_DTYPES[self.params.computes_in]
+        return measure_activations(model.path, windows, partial(ctx.progress, "measuring"), device, dtype)
 
 
 def contradictions(p: StructuredPrune.Params) -> list[str]:

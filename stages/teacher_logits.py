@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipeline.artifact import Checkpoint, Dataset, TeacherLogits, tokenizer_digest
 from pipeline.artifact_spec import DatasetSpec, LogitsSpec
-from pipeline.headers import ITEM_BYTES
+from pipeline.compute_dtype import Computing
 from pipeline.roofline import Work
 from pipeline.spec import ModelSpec
 from pipeline.stage import HALVES, Context, Stage
@@ -31,7 +31,7 @@ class RecordTeacher(Stage):
     Distillation needs little more: Hinton et al. (2015, https://arxiv.org/abs/1503.02531) match whole distributions, of which a few
     dozen words hold nearly all. The rest is kept as one number a token, the log-sum-exp of logits / `temperature` over the whole
     vocabulary, so that the distribution stays normalized: without it a student would learn that the rest has no probability.
-    The logits are stored as the teacher computes them, in its own dtype, unrounded. Layout: stages/runtime/logits_layout.py.
+    The logits are stored as the teacher computes them, in the dtype of the computation, unrounded. Layout: stages/runtime/logits_layout.py.
 
     Metrics: `tokens`; `kept_probability` (0 to 1), the teacher's probability at `temperature` that the kept words hold, mean over tokens.
     """
@@ -40,7 +40,7 @@ class RecordTeacher(Stage):
     libraries = ("torch", "transformers", "compressed-tensors")
     lightens = {"execution.batch_size": HALVES, "execution.mode": ("layerwise",), "execution.hidden_states": (1 << 30,)}
 
-    class Params(Stage.Params):
+    class Params(Computing, Stage.Params):
         k: int = Field(default=32, ge=1)  # words kept at each token
         temperature: float = Field(default=2.0, gt=0, le=100)  # the one that distillation will use
         num_samples: int = Field(default=1024, ge=1)  # windows of text, evenly spaced over it ...
@@ -62,8 +62,10 @@ class RecordTeacher(Stage):
         return self._layout(teacher, train.digest).spec
 
     def memory(self, teacher: ModelSpec, train: DatasetSpec, target: Target) -> Memory:
-        shape, item, length = teacher.architecture, ITEM_BYTES[teacher.dtype], self.params.max_length
-        layout, token_bytes = self._layout(teacher), LIST_BYTES * self.params.k + 4
+        layout = self._layout(teacher)
+        teacher = self.params.in_memory(teacher)
+        shape, item, length = teacher.architecture, self.params.item, self.params.max_length
+        token_bytes = LIST_BYTES * self.params.k + 4
         at_once = min(self.params.num_samples, self._files_at_once(teacher) * layout.windows_per_file)
         ram = {
             "the text and its token ids": 10 * train.nbytes,
@@ -93,7 +95,7 @@ class RecordTeacher(Stage):
     def work(self, teacher: ModelSpec, train: DatasetSpec) -> Work:
         """The logits are written, read to tell what they hold of the probability, and digested."""
         p, logits = self.params, self._layout(teacher).spec.nbytes
-        scoring = Work(flops=forward_flops(teacher, p.num_samples * p.max_length, p.max_length), disk=2 * logits)
+        scoring = p.products(forward_flops(teacher, p.num_samples * p.max_length, p.max_length)) + Work(disk=2 * logits)
         sweeps = 1 if self.execution.mode == "resident" else self._sweeps(teacher)
         return scoring + reading(teacher, sweeps) + tokenizing(train) + digesting(logits)
 
@@ -108,7 +110,7 @@ class RecordTeacher(Stage):
         return said
 
     def run(self, ctx: Context, teacher: Checkpoint, train: Dataset) -> TeacherLogits:
-        from stages.runtime.loading import resolve_device
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.samples import check_vocabulary
         from stages.runtime.teacher_logits import LayerwiseTeacher, ResidentTeacher, StoredLogits, Teacher, store_logits
         from stages.runtime.text import calibration_windows, load_tokenizer
@@ -118,7 +120,8 @@ class RecordTeacher(Stage):
         layout = self._layout(model, train.spec.digest, tokenizer_digest(teacher.path))
         windows = calibration_windows(train, load_tokenizer(teacher.path), params.num_samples, params.max_length)
         check_vocabulary(int(windows.max()), layout.vocab_size, "teacher")
-        settings = (teacher.path, resolve_device(self.execution.device), self.execution.batch_size)
+        device, dtype = resolve_device(self.execution.device), COMPUTE_DTYPES[params.computes_in]
+        settings = (teacher.path, device, dtype, self.execution.batch_size)
         load: Callable[[], Teacher] = partial(ResidentTeacher, *settings)
         if self.execution.mode == "layerwise":
             load = partial(LayerwiseTeacher, *settings, self._at_once(model))
@@ -128,12 +131,13 @@ class RecordTeacher(Stage):
         return TeacherLogits(path=ctx.output, spec=layout.spec, metrics=metrics)
 
     def _layout(self, teacher: ModelSpec, data: str = "", tokenizer: str | None = None) -> LogitsFile:
-        params = self.params.model_dump()
-        return LogitsFile(**params, vocab_size=teacher.architecture.vocab_size, dtype=teacher.dtype, data=data, tokenizer=tokenizer)
+        params = self.params.model_dump(exclude={"compute_dtype"})
+        words, dtype = teacher.architecture.vocab_size, self.params.in_memory(teacher).dtype
+        return LogitsFile(**params, vocab_size=words, dtype=dtype, data=data, tokenizer=tokenizer)
 
     def _at_once(self, teacher: ModelSpec) -> int:
         """Layer by layer: windows whose hidden states, and the lists that follow from them, are in RAM together."""
-        token_bytes = teacher.architecture.hidden_size * ITEM_BYTES[teacher.dtype] + LIST_BYTES * self.params.k + 4
+        token_bytes = teacher.architecture.hidden_size * self.params.item + LIST_BYTES * self.params.k + 4
         return max(1, (self.execution.hidden_states or HIDDEN_STATES) // (self.params.max_length * token_bytes))
 
     def _files_at_once(self, teacher: ModelSpec) -> int:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from pipeline import compose
 from pipeline.claim import Claims
+from pipeline.compute_dtype import DECIDED, processor_dtype
 from pipeline.errors import Interrupted, LlmpressError, RecipeError, StoreError, sentences
 from pipeline.identity import digest
 from pipeline.recipe import Settings, read_settings
@@ -54,7 +55,8 @@ def run_sweep(typed: Sequence[str], arguments: Sequence[str]) -> int:
     arguments = [*arguments, *overrides(compose.axes_of(arguments), arguments)]
     folder = sweep_folder(arguments)
     named = any(argument.startswith(f"{FOLDER}=") for argument in arguments)
-    sys.argv[1:] = [*arguments, *([] if named else [f"{FOLDER}={quoted(str(folder))}"])]
+    decided = f"+hydra.job.env_set.{DECIDED}={processor_dtype()}"  # once, for jobs that may run on unlike machines
+    sys.argv[1:] = [*arguments, decided, *([] if named else [f"{FOLDER}={quoted(str(folder))}"])]
     if "mode=plan" in arguments:
         raised = _launch(folder)
         if raised is not None:

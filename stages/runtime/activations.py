@@ -22,13 +22,19 @@ class ActivationStatistics:
 
 
 def measure_activations(
-    folder: Path, windows: torch.Tensor, progress: Callable[[int, int], None], device: torch.device | str = "cpu"
+    folder: Path,
+    windows: torch.Tensor,
+    progress: Callable[[int, int], None],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> ActivationStatistics:
-    """Run the checkpoint over `windows` [N, T] of token ids. `progress` takes layers done and layers in all.
+    """Run the checkpoint over `windows` [N, T] of token ids, computing in `dtype` (default: its own).
+
+    `progress` takes layers done and layers in all.
 
     ValueError where a layer's activations are not finite: such scores would rank nothing.
     """
-    model = LayerwiseModel(folder, device=device)
+    model = LayerwiseModel(folder, dtype, device)
     a = model.spec.architecture
     neurons = torch.zeros(a.num_layers, a.intermediate_size, dtype=torch.float64)
     heads = torch.zeros(a.num_layers, a.num_heads, dtype=torch.float64)
@@ -54,6 +60,6 @@ def measure_activations(
     progress(a.num_layers, a.num_layers)
     for i in range(a.num_layers):
         if not (neurons[i].isfinite().all() and heads[i].isfinite().all() and influence[i].isfinite()):
-            raise ValueError(f"{folder}: activations of layer {i} are nan or infinite; its weights are damaged or {a.dtype} overflows")
+            raise ValueError(f"{folder}: activations of layer {i} are nan or infinite; its weights are damaged or {model.dtype} overflows")
     tokens = windows.numel()
     return ActivationStatistics(neurons / tokens, heads / tokens, influence / tokens)

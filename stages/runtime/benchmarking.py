@@ -52,13 +52,13 @@ LABELS = {
 class TransformersEngine:
     """A forward at a time, from Python, with the checkpoint's own INT8 cache where it has one."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
         """ValueError as of `resolve_device` and `load_model`."""
         self.device = resolve_device(device)
         method = (Checkpoint(folder).config.get("quantization_config") or {}).get("quant_method")
         self.label = LABELS[method]
         started = time.perf_counter()
-        self.model: Any = load_model(folder, self.device, as_stored=True)
+        self.model: Any = load_model(folder, self.device, as_stored=True, dtype=dtype)
         synchronize(self.device)
         self.load_seconds = time.perf_counter() - started
         self.int8 = load_cache(folder, self.model.config)

@@ -34,6 +34,7 @@ def pack(weight: torch.Tensor, form: WeightFormat) -> dict[str, torch.Tensor]:
 def unpack(packed: Mapping[str, torch.Tensor], form: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
     """The [rows, columns] weight in `dtype` from its tensors by suffix, bit for bit as transformers dequantizes it.
 
+    A 4-bit weight is dequantized to the dtype that stands beside it, and then is of `dtype`.
     ValueError where what is stored beside the tensors describes another format than `form`.
     """
     if form.layout != "llm_int8":
@@ -77,9 +78,9 @@ def _unpack_four_bit(packed: Mapping[str, torch.Tensor], form: WeightFormat, dty
         absmax = functional.dequantize_blockwise(absmax, absmax=nested[0], code=nested[1], blocksize=NESTED_BLOCK)
         absmax = absmax + torch.tensor(float(state["nested_offset"]))
     weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed["weight"], absmax.float(), BLOCK, form.layout, state["shape"], dtype
+        packed["weight"], absmax.float(), BLOCK, form.layout, state["shape"], getattr(torch, state["dtype"])
     )
-    return weight
+    return weight.to(dtype)
 
 
 def read_state(tensor: torch.Tensor) -> dict[str, Any]:
@@ -107,6 +108,13 @@ def config_of(form: WeightFormat, spec: ModelSpec) -> dict[str, Any]:
         )
     content: dict[str, Any] = config.to_dict()
     return content
+
+
+def set_compute_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Of 4-bit layers, which compute in the dtype that config.json names unless told otherwise."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
 
 
 def without_failing_kernel(model: Any) -> Any:

@@ -33,13 +33,14 @@ class AbsmaxRecorder:
 
 
 def calibrate_scales(
-    folder: Path, windows: torch.Tensor, device: torch.device, progress: Callable[[int, int], None]
+    folder: Path, windows: torch.Tensor, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]
 ) -> dict[str, torch.Tensor]:
     """The content of `kv_cache.safetensors` for the checkpoint, from text windows [N, T] of token ids: largest magnitude / 127.
 
+    It computes in `dtype`.
     `progress` takes layers done and layers in all. ValueError names a head without finite, nonzero keys or values.
     """
-    model = LayerwiseModel(folder, device=device)
+    model = LayerwiseModel(folder, dtype, device)
     cache = model.spec.kv_cache
     recorder = AbsmaxRecorder(cache.layers, cache.kv_heads)
 

@@ -35,7 +35,7 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class ResidentTeacher:
-    """A transformers model in eval mode, that computes in its own dtype whatever the student's is."""
+    """A transformers model in eval mode, whose weights are in the dtype of the computation."""
 
     model: Any
 
@@ -75,9 +75,9 @@ class DistillationLoss(torch.nn.Module):
 
 
 def load_teacher(
-    teacher: Checkpoint | TeacherLogits, student: Checkpoint, precision: str, device: torch.device
+    teacher: Checkpoint | TeacherLogits, student: Checkpoint, precision: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Teacher, torch.Tensor | None]:
-    """The teacher, and the windows that it was asked about before, [samples, length], if it was.
+    """The teacher, which computes in `dtype`, and the windows that it was asked about before, [samples, length], if it was.
 
     ValueError where it reads other tokens than the student: only distributions over the same words can be compared.
     """
@@ -88,12 +88,8 @@ def load_teacher(
     if stored is not None:
         return StoredTeacher(stored), stored.windows
     if precision == "nf4":
-        return ResidentTeacher(load_nf4(teacher.path, device, torch.bfloat16)), None
-    model = load_model(teacher.path, device).requires_grad_(False)
-    for parameter in model.parameters():  # not `to`, which would also round the inverse frequencies of the positions
-        if parameter.is_floating_point():  # LLM.int8() computes with the integers
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return ResidentTeacher(model), None
+        return ResidentTeacher(load_nf4(teacher.path, device, dtype)), None
+    return ResidentTeacher(load_model(teacher.path, device, dtype=dtype).requires_grad_(False)), None
 
 
 @dataclass(frozen=True)

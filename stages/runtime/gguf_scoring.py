@@ -20,8 +20,8 @@ from stages.runtime.windows import Window, group_batches
 Resident = Served | Swept
 
 
-def reference_view(reference: Checkpoint, device: torch.device, layerwise: bool) -> Resident:
-    return load_swept(reference.path, device) if layerwise else load_served(reference.path, device)
+def reference_view(reference: Checkpoint, device: torch.device, dtype: torch.dtype, layerwise: bool) -> Resident:
+    return (load_swept if layerwise else load_served)(reference.path, device, dtype)
 
 
 class LlamaCppScorer:

@@ -94,9 +94,9 @@ def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:
     return problems
 
 
-def layerwise_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+def layerwise_losses(folder: Path, ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`token_losses` of the checkpoint `folder` without loading it whole, from products of the same shapes and so rounded alike."""
-    model, targets = LayerwiseModel(folder), ids[:, 1:].flatten()
+    model, targets = LayerwiseModel(folder, dtype), ids[:, 1:].flatten()
     (hidden,) = model.sweep([ids])
     chunks = torch.split(hidden[:, :-1].flatten(0, 1), chunk_tokens(model.spec.architecture.vocab_size))
     log_sum, chosen = torch.full(targets.shape, -torch.inf), torch.zeros(targets.shape)
@@ -108,16 +108,18 @@ def layerwise_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return log_sum - chosen
 
 
-def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor, layerwise: bool = False) -> None:
+def check_probe(expected: torch.Tensor, folder: Path, ids: torch.Tensor, dtype: torch.dtype | None = None, layerwise: bool = False) -> None:
     """Load the checkpoint as anyone would and compare its `token_losses` on `ids`, [windows, length], with those of the model
-    that was made, on the CPU, before it was saved. Token by token, because errors of both signs leave a mean where it was.
+    that was made, on the CPU, before it was saved; both compute in `dtype` (default: its own).
+
+    Token by token, because errors of both signs leave a mean where it was.
 
     `layerwise` is for a model larger than memory: transformers only looks for its weights, and it is run one layer at a time.
     ValueError where they differ: what was saved is not what was made.
     """
     if layerwise:
         check_loads(folder)
-    losses = layerwise_losses(folder, ids) if layerwise else token_losses(load_model(folder), ids)
+    losses = layerwise_losses(folder, ids, dtype) if layerwise else token_losses(load_model(folder, dtype=dtype), ids)
     difference = (losses - expected).abs().mean().item()
     if not difference <= PROBE_TOLERANCE:  # also when it is nan
         raise ValueError(

@@ -53,8 +53,10 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]  # transformers has n
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval is not followed
     """`batch_size` requests at once. `cut` counts requests whose beginning did not fit into `max_length` tokens."""
 
-    def __init__(self, folder: Path, device: torch.device, batch_size: int, max_length: int, progress: Progress) -> None:
-        served = load_served(folder, device)
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, batch_size: int, max_length: int, progress: Progress
+    ) -> None:
+        served = load_served(folder, device, dtype)
         super().__init__(
             pretrained=served.model, tokenizer=load_tokenizer(folder), backend="causal", batch_size=batch_size, max_length=max_length
         )

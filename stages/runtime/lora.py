@@ -22,7 +22,6 @@ from stages.runtime.lora_settings import LORA_TARGETS
 from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's own names
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of a computation, as settings name them
 PREFIX = "base_model.model."  # what peft puts before the base model's module names
 OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")  # settings of adapters whose product is another
 BLOCK_WEIGHTS = 1 << 20  # weights merged at once: the float32 copy of a block is the only memory beyond one tensor

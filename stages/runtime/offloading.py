@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from compressed_tensors.offload import disable_offloading, from_accelerate, remove_dispatch
 from compressed_tensors.offload.cache import disk
 from compressed_tensors.utils import patch_attr
@@ -20,8 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.integrations import accelerate
 
-from stages.runtime.loading import check_loaded, load_model
-from stages.runtime.tensors import TensorReader
+from stages.runtime.loading import check_loaded, convert, load_model
 
 
 def open_unmapped(file: str, framework: str, device: str = "cpu", backend: str = "mmap") -> Any:
@@ -43,29 +43,28 @@ def files_unmapped() -> Iterator[None]:
 
 
 @contextmanager
-def model_in_ram(folder: Path) -> Iterator[Any]:
-    """The checkpoint `folder` as a causal language model in its own dtype, in eval mode, on the CPU. Errors as of `load_model`.
+def model_in_ram(folder: Path, dtype: torch.dtype) -> Iterator[Any]:
+    """The checkpoint `folder` as a causal language model that computes in `dtype`, in eval mode, on the CPU. Errors as of `load_model`.
 
     Its weights are read into memory of their own. transformers' are views of mapped files: of those, every page that was ever
     changed stays in memory with the map, also where AWQ has since replaced the tensor, and that came to the model a second time.
     """
-    model, reader = load_model(folder), TensorReader(folder)
-    for name, parameter in model.named_parameters():
-        parameter.data = reader.read(name)
+    model = load_model(folder)
+    convert(model, folder, dtype)
     yield model
     remove_dispatch(model)
     model.to("meta")  # frees its memory; `del` would not: torch.fx's tracer keeps a reference
 
 
 @contextmanager
-def model_on_disk(folder: Path, beside: Path) -> Iterator[Any]:
+def model_on_disk(folder: Path, beside: Path, dtype: torch.dtype) -> Iterator[Any]:
     """The same with no weight in memory. `model.get_parameter(name)` reads one.
 
     Changed weights live in a temporary folder within `beside` that goes when the context is left.
     """
     beside.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="offload-", dir=beside) as changed, files_unmapped():
-        model = load_on_disk(folder, changed)
+        model = load_on_disk(folder, changed, dtype)
         from_accelerate(model)
         yield model
 
@@ -80,11 +79,12 @@ def check_loads(folder: Path) -> None:
         load_on_disk(folder, unused)
 
 
-def load_on_disk(folder: Path, offload_folder: str) -> Any:
-    """transformers reads each tensor once, to let go of it at once; packed weights stay packed."""
+def load_on_disk(folder: Path, offload_folder: str, dtype: torch.dtype | None = None) -> Any:
+    """transformers reads each tensor once, to let go of it at once; packed weights stay packed. `dtype` (default: the model's own) is what
+    a weight gets when it is read to compute with."""
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=dtype or "auto",
         device_map={"": "disk"},
         offload_folder=offload_folder,
         offload_buffers=True,  # the only kind that compressed-tensors takes over

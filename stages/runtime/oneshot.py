@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from compressed_tensors.offload import set_onload_device
+from compressed_tensors.offload import set_onload_device, update_offload_parameter
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -21,13 +21,16 @@ from pydantic import PrivateAttr
 from torch.utils.data import DataLoader
 
 from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.compute_dtype import Computing
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from stages.runtime.guard import check_probe
+from stages.runtime.loading import COMPUTE_DTYPES
 from stages.runtime.offloading import layers_keep_weights, model_in_ram, model_on_disk
 from stages.runtime.packing import calibrated_packer, config_of, packed_formats, write_quantized
 from stages.runtime.scheme import CalibratedQuantization, CalibrationExecution, Windows
 from stages.runtime.scoring import token_losses
+from stages.runtime.tensors import DTYPES
 from stages.runtime.text import calibration_windows, load_tokenizer
 
 
@@ -119,6 +122,26 @@ def run_oneshot(
     set_onload_device(model, torch.device("cpu"))
 
 
+def round_as_stored(model: Any, spec: ModelSpec) -> None:
+    """Every tensor that the checkpoint will hold dense, to the dtype that it will have there; `model` may compute in another."""
+    packed, stored = packed_formats(spec), DTYPES[spec.dtype]
+    for name in spec.dense().tensors():
+        module, _, kind = name.rpartition(".")
+        if module in packed and kind == "weight":
+            continue
+        value = tensor_of(model, name)
+        rounded = value.to(stored).to(value.dtype)
+        if not torch.equal(rounded, value):
+            update_offload_parameter(model.get_submodule(module), kind, rounded)
+
+
+def tensor_of(model: Any, name: str) -> torch.Tensor:
+    """Not `get_parameter`: what is read from disk in another dtype than its file's is no Parameter."""
+    module, _, kind = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(module), kind).detach()
+    return tensor
+
+
 def quantize_calibrated(
     ctx: Context,
     model: DenseCheckpoint,
@@ -134,7 +157,7 @@ def quantize_calibrated(
     source = model.model_spec
     spec = spec or params.apply(source)
     quantization = config_of(spec, params.ignored_names(source), actorder, params.ranges)
-    return calibrate(ctx, model, calibration, params, execution, recipe, spec, quantization, searched)
+    return calibrate(ctx, model, calibration, params, params, execution, recipe, spec, quantization, searched)
 
 
 def calibrate(
@@ -142,6 +165,7 @@ def calibrate(
     model: DenseCheckpoint,
     calibration: Dataset,
     params: Windows,
+    computing: Computing,
     execution: CalibrationExecution,
     recipe: Sequence[Modifier],
     spec: ModelSpec,
@@ -150,15 +174,20 @@ def calibrate(
 ) -> QuantizedCheckpoint:
     """Load `model`, apply `recipe`, write what came of it to `ctx.output` as `spec` says and prove that it reloads as the same model.
 
-    Every tensor is the calibrated model's, the dense ones too: a modifier may have folded scales into norms.
+    Every tensor is the calibrated model's, the dense ones too: a modifier may have folded scales into norms. What is stored keeps its
+    dtype, whatever `computing` says: values are rounded to it before the proof, which therefore compares like with like.
     """
+    dtype = COMPUTE_DTYPES[computing.computes_in]
     tokenizer = load_tokenizer(model.path)
     windows = calibration_windows(calibration, tokenizer, params.num_samples, params.max_length)
     on_disk = execution.offload == "disk"
-    with model_on_disk(model.path, ctx.output) if on_disk else model_in_ram(model.path) as calibrated:
+    with model_on_disk(model.path, ctx.output, dtype) if on_disk else model_in_ram(model.path, dtype) as calibrated:
         run_oneshot(calibrated, tokenizer, recipe, windows, execution.batch_size, ctx, searched)
+        round_as_stored(calibrated, spec)
         with layers_keep_weights(calibrated):
             losses = token_losses(calibrated, windows[:1])
-        write_quantized(ctx, model, spec, quantization, calibrated_packer(calibrated, packed_formats(spec)), calibrated.get_parameter)
-    check_probe(losses, ctx.output, windows[:1], layerwise=on_disk)
+        stored = DTYPES[spec.dtype]
+        pack = calibrated_packer(calibrated, packed_formats(spec), stored)
+        write_quantized(ctx, model, spec, quantization, pack, lambda name: tensor_of(calibrated, name).to(stored))
+    check_probe(losses, ctx.output, windows[:1], dtype, layerwise=on_disk)
     return QuantizedCheckpoint(path=ctx.output, spec=spec)

@@ -25,8 +25,13 @@ from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companio
 OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse"}  # the library's names of how a group's range is found
 
 
-def scheme_of(form: WeightFormat, actorder: str | None = None, observer: Observer = MINMAX) -> QuantizationScheme:
-    """The library's description of one format. `actorder` only records how GPTQ went about it; `observer` says how ranges were found."""
+def scheme_of(
+    form: WeightFormat, actorder: str | None = None, observer: Observer = MINMAX, scale_dtype: torch.dtype | None = None
+) -> QuantizationScheme:
+    """The library's description of one format. `actorder` only records how GPTQ went about it; `observer` says how ranges were found.
+
+    `scale_dtype`: what scales are rounded to as soon as they are found, for a model that computes in another dtype than it is stored in.
+    """
     kind = "float" if form.layout == "float-quantized" else "int"
     weights = QuantizationArgs(
         num_bits=form.num_bits,
@@ -38,6 +43,7 @@ def scheme_of(form: WeightFormat, actorder: str | None = None, observer: Observe
         observer=OBSERVERS[observer.name],
         observer_kwargs={} if observer.maxshrink == MINMAX.maxshrink else {"maxshrink": observer.maxshrink},
         zp_dtype=None if form.symmetric else "torch.int8",
+        scale_dtype=scale_dtype,
     )
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=rounded_inputs(form), format=form.layout)
 
@@ -72,14 +78,16 @@ def config_of(spec: ModelSpec, ignore: tuple[str, ...], actorder: str | None = N
     return quantization_config(form, ignore, actorder, observer) | {"config_groups": groups}
 
 
-def schemes_of(spec: ModelSpec, actorder: str | None = None, observer: Observer = MINMAX) -> dict[str, QuantizationScheme]:
+def schemes_of(
+    spec: ModelSpec, actorder: str | None = None, observer: Observer = MINMAX, scale_dtype: torch.dtype | None = None
+) -> dict[str, QuantizationScheme]:
     """The library's `config_groups`: one for all Linear layers, or where formats differ one for each, with the names of its layers."""
     layers: dict[WeightFormat, list[str]] = {}
     for module, form in packed_formats(spec).items():
         layers.setdefault(form, []).append(module)
     if len(layers) == 1:
-        return {"group_0": scheme_of(next(iter(layers)), actorder, observer)}
-    schemes = ((scheme_of(form, actorder, observer), names) for form, names in layers.items())
+        return {"group_0": scheme_of(next(iter(layers)), actorder, observer, scale_dtype)}
+    schemes = ((scheme_of(form, actorder, observer, scale_dtype), names) for form, names in layers.items())
     return {f"group_{n}": scheme.model_copy(update={"targets": names}) for n, (scheme, names) in enumerate(schemes)}
 
 
@@ -110,15 +118,19 @@ def pack_weight(weight: torch.Tensor, form: WeightFormat, scale: torch.Tensor, z
     return packed | ({"weight_shape": torch.tensor(weight.shape)} if "weight_shape" in parts[0] else {})
 
 
-def calibrated_packer(model: torch.nn.Module, formats: Mapping[str, WeightFormat]) -> Callable[[str], dict[str, torch.Tensor]]:
-    """Packs, by name, the modules of a model whose weights, scales and zero points llm-compressor has settled in place."""
+def calibrated_packer(
+    model: torch.nn.Module, formats: Mapping[str, WeightFormat], stored: torch.dtype
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Packs, by name, the modules of a model whose weights, scales and zero points llm-compressor has settled in place. Scales get the
+    dtype `stored`, whose values they have already."""
 
     def pack(name: str) -> dict[str, torch.Tensor]:
         module = model.get_submodule(name)
         weight, scale, zero_point = (getattr(module, part, None) for part in ("weight", "weight_scale", "weight_zero_point"))
         if weight is None or scale is None:
             raise ValueError(f"{name} was not calibrated; name it in ignore or report this")
-        return pack_weight(weight, formats[name], scale, zero_point)
+        packed = pack_weight(weight, formats[name], scale, zero_point)
+        return packed | {"weight_scale": packed["weight_scale"].to(stored)}
 
     return pack
 

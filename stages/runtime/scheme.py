@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.compute_dtype import Computing
 from pipeline.errors import did_you_mean
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import ModuleGroup, WeightFormat
@@ -113,7 +114,7 @@ def pack_layers(model: ModelSpec, form: WeightFormat, ignore: tuple[str, ...]) -
     return packed
 
 
-class CalibratedQuantization(WeightQuantization):
+class CalibratedQuantization(Computing, WeightQuantization):
     """A quantizer that looks at what the layers compute on text."""
 
     num_samples: int = Field(default=128, ge=1)  # calibration windows ...
@@ -171,6 +172,7 @@ class CalibrationExecution(Stage.Execution):
 
 def calibration_memory(
     params: Windows,
+    computing: Computing,
     execution: CalibrationExecution,
     dense: ModelSpec,
     packed: ModelSpec,
@@ -180,12 +182,13 @@ def calibration_memory(
     """RAM and disk. RAM in the phase that takes most: decoder layers are calibrated, each of which takes `working` beside what is held
     throughout; or the result is proven and packed; or it is loaded again. `changed` are the Linear layers that the calibration changes.
     """
-    shape, item, on_disk = dense.architecture, ITEM_BYTES[dense.dtype], execution.offload == "disk"
+    shape, item, on_disk = dense.architecture, computing.item, execution.offload == "disk"
+    in_memory = computing.in_memory(dense)
     embedding = shape.vocab_size * shape.hidden_size * item
     if on_disk:
-        held = {"one layer, or the embedding": max(layer_bytes(dense), embedding)}
+        held = {"one layer, or the embedding": max(layer_bytes(in_memory), embedding)}
     else:
-        held = {"model": dense.nbytes} | ({"untied copy of the embedding": embedding} if shape.tied else {})
+        held = {"model": in_memory.nbytes} | ({"untied copy of the embedding": embedding} if shape.tied else {})
     states = {
         "calibration hidden states": 2 * params.tokens * shape.hidden_size * item,
         "attention masks": params.tokens * params.max_length * item,
@@ -193,9 +196,12 @@ def calibration_memory(
     packing = packing_memory(dense, packed, writes=packed)
     reloading: dict[str, int] = {}  # with offload to disk it is done layer by layer
     if not on_disk:
-        reloading = {"freed weights that malloc keeps": kept_by_malloc(dense)} | resident_memory("the result", packed, on_gpu=False)[1]
+        reloading = {"freed weights that malloc keeps": kept_by_malloc(in_memory)}
+        reloading |= resident_memory("the result", computing.in_memory(packed), on_gpu=False)[1]
     ram = peak(held | states | working, held | probe_memory(dense), held | packing.ram, reloading)
-    return Memory(ram=ram, disk=packing.disk | ({"changed weights": offloaded_bytes(packed, changed)} if on_disk else {}))
+    return Memory(
+        ram=ram, disk=packing.disk | ({"changed weights": offloaded_bytes(computing.in_memory(packed), changed)} if on_disk else {})
+    )
 
 
 def offloaded_bytes(packed: ModelSpec, changed: Collection[str]) -> int:
@@ -215,7 +221,7 @@ def probe_memory(model: ModelSpec) -> dict[str, int]:
 
 
 def batch_memory(params: Windows, model: ModelSpec, batch_size: int) -> int:
-    """Bytes of a decoder layer's activations in one forward of `batch_size` windows.
+    """Bytes of a decoder layer's activations in one forward of `batch_size` windows, the model being as it is in memory.
 
     llm-compressor calibrates with eager attention: every score exists, twice in the model's dtype and once in float32.
     """

@@ -75,10 +75,11 @@ class ResidentScorer:
     folder: Path
     reference: Path | None
     device: torch.device
+    dtype: torch.dtype  # of the computation
 
     def __post_init__(self) -> None:
-        self.model = load_served(self.folder, self.device)
-        self.beside = load_served(self.reference, self.device) if self.reference else None
+        self.model = load_served(self.folder, self.device, self.dtype)
+        self.beside = load_served(self.reference, self.device, self.dtype) if self.reference else None
         self.cache = self.model.cache
         self.held = CacheBytes()
 
@@ -103,9 +104,9 @@ class CacheBytes:
         self.per_sequence, self.per_token = max(self.per_sequence, per_sequence), max(self.per_token, per_token)
 
 
-def load_served(folder: Path, device: torch.device | str = "cpu") -> Served:
-    """The folder's model and the cache that its `kv_cache.json` asks for."""
-    model = load_model(folder, device)
+def load_served(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Served:
+    """The folder's model, computing in `dtype` (default: its own), and the cache that its `kv_cache.json` asks for."""
+    model = load_model(folder, device, dtype=dtype)
     return Served(model, load_cache(folder, model.config))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch.nn import functional
 
 from pipeline.artifact_spec import SensitivitySpec
@@ -28,6 +28,7 @@ from stages.runtime.layerwise import LayerwiseModel
 from stages.runtime.mixed_bits import Units, layer_of
 from stages.runtime.mixed_precision import form_of
 from stages.runtime.packing import min_max_parameters, scheme_of
+from stages.runtime.tensors import DTYPES
 from stages.runtime.windows import chunk_tokens
 
 PARTIAL_FILE = "measured.json"  # of the units that are done, while others are not
@@ -85,10 +86,12 @@ def _keep(file: Path, known: dict[str, list[float]]) -> None:
     partial.replace(file)
 
 
-def rounded(weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
-    """[rows, columns] to what reading it back in that format gives, in the same dtype."""
-    scale, zero_point = min_max_parameters(weight, form)
-    made: torch.Tensor = fake_quantize(weight, scale, zero_point, scheme_of(form).weights)
+def rounded(weight: torch.Tensor, form: WeightFormat, stored: torch.dtype) -> torch.Tensor:
+    """[rows, columns] of a weight whose file holds it in dtype `stored`, to what reading it back in that format gives in its own dtype."""
+    own, args = weight.to(stored), scheme_of(form).weights
+    scale, zero_point = min_max_parameters(own, form)
+    integers = quantize(own, scale, zero_point, args, dtype=torch.int8)
+    made: torch.Tensor = dequantize(integers, scale.to(weight.dtype), zero_point, args)
     return made
 
 
@@ -110,6 +113,7 @@ class Sweep:
 
     def __init__(self, model: LayerwiseModel, units: Units, variants: Sequence[Variant], progress: Progress) -> None:
         self.model, self.units, self.progress = model, units, progress
+        self.stored = DTYPES[model.spec.dtype]
         self.born: dict[int, list[Variant]] = {}
         for variant in variants:
             self.born.setdefault(layer_of(units[variant.unit], len(model.layers)), []).append(variant)
@@ -148,13 +152,13 @@ class Sweep:
         for module in self.units[variant.unit]:
             parameter = layer.get_parameter(f"{module.removeprefix(f'model.layers.{index}.')}.weight")
             before.append((parameter, parameter.data))
-            parameter.data = rounded(parameter.data, variant.form)
+            parameter.data = rounded(parameter.data, variant.form, self.stored)
         return before
 
     def _compare(self, hidden: Sequence[torch.Tensor]) -> dict[Variant, float]:
         """Of the model's hidden states, [windows, length, hidden size] by batch, with those of every variant."""
         head, device = self.model.output_embedding(), self.model.device
-        heads = {variant: rounded(head, variant.form) for variant in self.born.get(len(self.model.layers), ())}
+        heads = {variant: rounded(head, variant.form, self.stored) for variant in self.born.get(len(self.model.layers), ())}
         sums, tokens = dict.fromkeys(self.states, 0.0), 0
         for number, own in enumerate(hidden):
             for chunk in torch.split(torch.arange(own.shape[0] * own.shape[1]), chunk_tokens(len(head))):

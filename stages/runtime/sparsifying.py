@@ -15,7 +15,7 @@ from pipeline.spec import ModelSpec
 from stages.functional.sparsity import add_products, add_squares, inverse_factor, magnitude_mask, sparsegpt, wanda_mask
 from stages.runtime.layerwise import LayerwiseModel, micro_batches
 from stages.runtime.sparsity_settings import SHARED_INPUTS
-from stages.runtime.tensors import CheckpointWriter, TensorReader
+from stages.runtime.tensors import DTYPES, CheckpointWriter, TensorReader
 
 Count = Callable[[tuple[int, ...]], int | None]  # of a weight's shape: how many of it go, a multiple of its rows; None: 2:4
 Progress = Callable[[int, int], None]
@@ -65,12 +65,22 @@ def prune_by_magnitude(folder: Path, output: Path, spec: ModelSpec, count: Count
             progress(done, len(names))
 
 
-def prune_calibrated(folder: Path, output: Path, windows: torch.Tensor, device: torch.device, method: Method, progress: Progress) -> None:
-    """Write to `output` the checkpoint `folder`, calibrated on `windows` [N, T] of token ids. `progress` counts layers.
+def prune_calibrated(
+    folder: Path,
+    output: Path,
+    windows: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    method: Method,
+    progress: Progress,
+) -> None:
+    """Write to `output` the checkpoint `folder`, calibrated on `windows` [N, T] of token ids in `dtype`. `progress` counts layers.
 
     ValueError where a layer's inputs are not finite, or their Hessian cannot be inverted.
     """
-    model, gathered = LayerwiseModel(folder, device=device), dict[str, torch.Tensor]()
+    model, gathered = LayerwiseModel(folder, dtype, device), dict[str, torch.Tensor]()
+
+    stored = DTYPES[model.spec.dtype]
 
     def on_layer(_: int, layer: torch.nn.Module) -> list[RemovableHandle]:
         def gather_for(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
@@ -93,9 +103,9 @@ def prune_calibrated(folder: Path, output: Path, windows: torch.Tensor, device: 
                 ) from None
             for name in names:
                 weight = layer.get_parameter(f"{name}.weight")
-                weight.copy_(method.prune(weight, settled))
+                weight.copy_(method.prune(weight, settled).to(stored))  # the next layer sees what is stored
         for name, tensor in layer.state_dict().items():
-            writer.add(f"model.layers.{i}.{name}", tensor.cpu())
+            writer.add(f"model.layers.{i}.{name}", tensor.to("cpu", stored))
         progress(i + 1, len(model.layers))
 
     with CheckpointWriter(output) as writer:

@@ -13,6 +13,7 @@ one such core, the small model's evaluation, training, calibration and packing a
 import math
 
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.roofline import Work, attention_flops, multiplied_parameters, table_size
 from pipeline.spec import ModelSpec
 from stages.runtime.launch import ALONE, Processes
@@ -109,12 +110,7 @@ def training(
         nbytes = params.steps * adapter.num_parameters * ADAMW_BYTES + batches * unpacking_nf4(params, model, 3 if again else 2)
     else:
         nbytes = model.num_parameters * (params.steps * ADAMW_BYTES / processes.shards + batches * ACCUMULATION_BYTES)
-    return products(params, flops + again) + Work(nbytes=nbytes)
-
-
-def products(params: TrainingParams, flops: float) -> Work:
-    """At the rate of the training's dtype."""
-    return Work(flops=flops) if params.dtype == "bf16" else Work(float32_flops=flops)
+    return params.products(flops + again) + Work(nbytes=nbytes)
 
 
 def micro_batches(params: TrainingParams, execution: TrainingExecution, processes: int = 1) -> int:
@@ -129,6 +125,7 @@ def unpacking_nf4(params: TrainingParams, model: ModelSpec, passes: int) -> floa
 
 def calibrating(
     params: Windows,
+    computing: Computing,
     execution: CalibrationExecution,
     dense: ModelSpec,
     packed: ModelSpec,
@@ -142,9 +139,10 @@ def calibrating(
     """
     twice = 2 * forward_flops(dense, params.tokens, params.max_length, causal=False, all_experts=True)
     probe = 2 * forward_flops(dense, params.max_length, params.max_length)
-    work = Work(flops=twice, cpu_flops=probe, cpu_shared=packed_weights(packed) / ROUNDED) + tokenizing(data)
+    proven = Work(cpu_flops=probe) if computing.computes_in == "bf16" else Work(float32_flops=probe)
+    work = computing.products(twice) + proven + Work(cpu_shared=packed_weights(packed) / ROUNDED) + tokenizing(data)
     if execution.offload == "disk":  # read to calibrate, to prove and to pack; and read once more to see whether the result loads
-        work += reading(dense, 3) + Work(disk=offloaded_bytes(packed, changed) + packed.nbytes)
+        work += reading(dense, 3) + Work(disk=offloaded_bytes(computing.in_memory(packed), changed) + packed.nbytes)
     else:
         work += reading(dense)
     return work + packing(packed) + publishing(packed) + reading(packed)

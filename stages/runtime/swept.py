@@ -61,12 +61,12 @@ class Swept:
 class LayerwiseScorer:
     """As `ResidentScorer`, in the memory of the largest layer, the output embeddings, and `hidden_bytes` of hidden states."""
 
-    def __init__(self, folder: Path, reference: Path | None, device: torch.device, hidden_bytes: int) -> None:
-        model = LayerwiseModel(folder, device=device)
+    def __init__(self, folder: Path, reference: Path | None, device: torch.device, dtype: torch.dtype, hidden_bytes: int) -> None:
+        model = LayerwiseModel(folder, dtype, device)
         self.cache = load_cache(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         self.view = Swept(model, self.cache)
         self.plain = Swept(model) if self.cache is not None else None
-        self.beside = load_swept(reference, device) if reference else None
+        self.beside = load_swept(reference, device, dtype) if reference else None
         self.held = CacheBytes()
         self.hidden_bytes = hidden_bytes
 
@@ -94,6 +94,6 @@ class LayerwiseScorer:
             self.held.see(sum(self.view.per_sequence.values()), sum(self.view.per_token.values()))
 
 
-def load_swept(folder: Path, device: torch.device) -> Swept:
-    """The folder's model and the cache that its `kv_cache.json` asks for."""
-    return Swept(LayerwiseModel(folder, device=device), load_cache(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False)))
+def load_swept(folder: Path, device: torch.device, dtype: torch.dtype) -> Swept:
+    """The folder's model, computing in `dtype`, and the cache that its `kv_cache.json` asks for."""
+    return Swept(LayerwiseModel(folder, dtype, device), load_cache(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False)))

@@ -37,8 +37,8 @@ class Teacher(Protocol):
 class ResidentTeacher:
     """The whole model in memory. The output embedding is applied to chunks of tokens."""
 
-    def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
-        self.model, self.device, self.batch_size = load_model(folder, device), device, batch_size
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        self.model, self.device, self.batch_size = load_model(folder, device, dtype=dtype), device, batch_size
 
     @torch.inference_mode()
     def __call__(self, windows: torch.Tensor, k: int, temperature: float, progress: Progress) -> TopLogits:
@@ -54,8 +54,8 @@ class ResidentTeacher:
 class LayerwiseTeacher:
     """One decoder layer in memory, beside the hidden states of at most `at_once` windows."""
 
-    def __init__(self, folder: Path, device: torch.device, batch_size: int, at_once: int) -> None:
-        self.model, self.batch_size, self.at_once = LayerwiseModel(folder, device=device), batch_size, at_once
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, batch_size: int, at_once: int) -> None:
+        self.model, self.batch_size, self.at_once = LayerwiseModel(folder, dtype, device), batch_size, at_once
 
     def __call__(self, windows: torch.Tensor, k: int, temperature: float, progress: Progress) -> TopLogits:
         parts: list[TopLogits] = []

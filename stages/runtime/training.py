@@ -116,7 +116,7 @@ def _arguments(params: TrainingParams, execution: TrainingExecution, work: Path)
         warmup_steps=params.warmup_ratio,  # below 1 it is a ratio
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
-        bf16=params.dtype == "bf16",
+        bf16=params.computes_in == "bf16",
         use_cpu=execution.device == "cpu" or not torch.accelerator.is_available(),
         seed=params.seed,
         logging_steps=math.ceil(params.steps / CURVE_POINTS),

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import Computing
 from pipeline.layout import Frozen
 from pipeline.spec import ModelSpec
 from pipeline.stage import Stage
@@ -20,8 +21,9 @@ FREED, FREED_WITH_LORA = 30, 75  # % of a micro batch's memory, measured with gl
 LOSS_BUFFERS = 6  # of such a chunk at the peak: student logits as they are and over T, both log-softmaxes, a softmax, 16-bit copies
 
 
-class TrainingParams(Stage.Params):
-    """Names as in transformers' TrainingArguments. A stage gives `learning_rate` its default."""
+class TrainingParams(Computing, Stage.Params):
+    """Names as in transformers' TrainingArguments. A stage gives `learning_rate` its default. Trained weights and their optimizer are fp32,
+    whatever `compute_dtype` says."""
 
     learning_rate: float = Field(gt=0)  # the highest, after warmup
     num_samples: int = Field(default=1024, ge=1)  # windows of text, evenly spaced over it, or conversations
@@ -32,13 +34,7 @@ class TrainingParams(Stage.Params):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)  # of all updates, rising from 0
     weight_decay: float = Field(default=0.0, ge=0)  # AdamW's; never of norms and biases
     max_grad_norm: float = Field(default=1.0, ge=0)  # longer gradients are scaled down to this norm; 0: never
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of the computation; trained weights and their optimizer are always fp32
     seed: int = Field(default=0, ge=0, lt=2**32)
-
-    @property
-    def item(self) -> int:
-        """Bytes of a value in the computation."""
-        return 2 if self.dtype == "bf16" else 4
 
     @property
     def steps(self) -> int:
@@ -127,7 +123,7 @@ def kept_bytes(params: TrainingParams, model: ModelSpec, lora: LoRAParams | None
     """
     a = model.architecture
     hidden, inner, queries, keys = a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    if params.dtype == "bf16":
+    if params.computes_in == "bf16":
         kept = (18 * hidden + 6 * queries if lora else 26 * hidden + 4 * queries) + 4 * keys + 8 * inner
         head_norms = (4 if lora else 6) * (queries + keys)
         dropped = 20 * hidden + 4 * queries + 4 * inner

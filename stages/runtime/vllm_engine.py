@@ -11,25 +11,25 @@ from typing import Any
 import torch
 
 from pipeline.artifact import Checkpoint
+from pipeline.compute_dtype import Dtype
 from pipeline.kv_sidecar import read_cache
-from pipeline.layout import DType
 from stages.runtime.benchmarking import release
+from stages.runtime.harness_vllm import VLLM_DTYPES
 from stages.runtime.loading import resolve_device
 
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}  # the engine in this process; no report to its authors
-DTYPES: dict[DType, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def engine_arguments(checkpoint: Checkpoint, max_tokens: int, batch_size: int, tensor_parallel_size: int) -> dict[str, Any]:
+def engine_arguments(checkpoint: Checkpoint, dtype: Dtype, max_tokens: int, batch_size: int, tensor_parallel_size: int) -> dict[str, Any]:
     """Of `vllm.LLM`, to serve `batch_size` sequences of up to `max_tokens` tokens.
 
-    Weights keep the checkpoint's dtype (`auto` would halve fp32), packed ones their own kernels. The cache is INT8 where the checkpoint
+    Packed weights have their own kernels. The cache is INT8 where the checkpoint
     asks for it, and prompts are read anew each time.
     """
     cache = {"kv_cache_dtype": "int8_per_token_head"} if read_cache(checkpoint.path) else {}
     return {
         "model": str(checkpoint.path),
-        "dtype": DTYPES[checkpoint.model_spec.dtype],
+        "dtype": VLLM_DTYPES[dtype],
         "max_model_len": max_tokens,
         "max_num_seqs": batch_size,
         "tensor_parallel_size": tensor_parallel_size,
@@ -46,7 +46,7 @@ class VLLMEngine:
 
     label = "vllm"
 
-    def __init__(self, checkpoint: Checkpoint, max_tokens: int, batch_size: int, tensor_parallel_size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: Dtype, max_tokens: int, batch_size: int, tensor_parallel_size: int) -> None:
         """ValueError where there is no GPU."""
         self.device: torch.device = resolve_device("cuda")
         os.environ.update(SETTINGS)
@@ -55,7 +55,7 @@ class VLLMEngine:
         self.vllm = vllm
         self.label = f"vllm {vllm.__version__}" + (f", over {tensor_parallel_size} GPUs" if tensor_parallel_size > 1 else "")
         started = time.perf_counter()
-        self.model: Any = vllm.LLM(**engine_arguments(checkpoint, max_tokens, batch_size, tensor_parallel_size))
+        self.model: Any = vllm.LLM(**engine_arguments(checkpoint, dtype, max_tokens, batch_size, tensor_parallel_size))
         self.load_seconds = time.perf_counter() - started
 
     def run(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:

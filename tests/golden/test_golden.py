@@ -20,6 +20,7 @@ from pipeline.store import Store
 from tests import golden
 
 
+@pytest.mark.usefixtures("bf16_units")
 @pytest.mark.parametrize("name", [file.stem for file in compose.recipe_files()])
 def test_the_plan_of_a_recipe(name: str, tmp_path: Path) -> None:
     compose.register()

@@ -329,6 +329,7 @@ def test_hours_dollars_and_disk_are_those_of_what_is_to_run(config: dict[str, An
     assert later.disk == plan.disk - made[0] and (later.seconds or 0) < (plan.seconds or 0)
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_another_machine_may_run_the_stages_than_the_one_that_serves(config: dict[str, Any], tmp_path: Path) -> None:
     config |= {"target": {"name": "phone", "ram": "1GiB"}, "compute": {"name": "card", "gpus": 1, "memory": "40GiB"}}
     plan = plan_of(config, tmp_path)

@@ -35,6 +35,7 @@ def test_what_fits_is_no_shortage_and_other_machines_are_not_even_looked_for() -
     assert shortage("node", layerwise, {"model": LLAMA2_13B, "eval": TEXT}, CARD, others) is None
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_the_change_that_is_named_is_the_nearest_that_fits() -> None:
     stage = GPTQ.from_dict({"num_samples": 512, "max_length": 2048}, {"batch_size": 32})
     lacking = found(stage, CARD, model=LLAMA2_13B, calibration=TEXT)
@@ -63,6 +64,7 @@ def test_a_loaded_teacher_may_be_replaced_by_its_logits() -> None:
     assert lacking.remedies[0].startswith("stages.node.inputs.teacher=<a teacher_logits stage")
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_among_larger_machines_the_cheapest_that_is_enough_is_named() -> None:
     stage = Evaluate.from_dict({}, {"batch_size": 1})
     lacking = found(stage, CARD, known_targets(resources()), model=LLAMA2_13B, eval=TEXT)

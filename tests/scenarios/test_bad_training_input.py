@@ -89,7 +89,7 @@ def test_a_static_cache_stands_after_what_changes_weights(training: Run) -> None
 
 
 def test_a_training_that_diverges_is_one_sentence_and_what_was_done_before_stays(training: Run, folder: Path) -> None:
-    (error,) = told(training("order=[prune,distill]", "stages.distill.learning_rate=1e30", "stages.distill.dtype=fp32"), 4)
+    (error,) = told(training("order=[prune,distill]", "stages.distill.learning_rate=1e30", "stages.distill.compute_dtype=fp32"), 4)
     assert error.startswith("distill: the training diverged at update") and "lower learning_rate" in error
     assert [path.name.rpartition("-")[0] for path in (folder / "outputs" / "store").iterdir()] == ["structured_prune"]
 

@@ -183,6 +183,7 @@ def test_what_cannot_be_is_refused_before_any_weight_is_read(tmp_path: Path) -> 
         AWQ.from_dict({"n_grid": 2})
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_memory_itemises_what_the_search_holds(tmp_path: Path) -> None:
     spec = DenseCheckpoint(make_checkpoint(tmp_path / "source")).model_spec
     need = AWQ.from_dict(SMALL).memory(spec, DATA, Target(name="cpu"))

@@ -29,6 +29,8 @@ from stages.runtime.speed_bounds import Load, Peaks, bounds
 from stages.runtime.vllm_engine import engine_arguments
 from tests.stages.models import make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 SMALL = {"batch_sizes": [1, 3], "prompt_tokens": 20, "new_tokens": 5, "repeats": 2, "device": "cpu"}
 LONGEST = 20 + 5 - 1  # tokens that the cache holds: the last new one is never read
 TOKEN_VALUES = 2 * 2 * 2 * 16  # keys and values, layers, KV heads, head_dim
@@ -108,7 +110,8 @@ def test_a_checkpoint_that_asks_for_an_int8_cache_is_timed_with_it(source: Dense
 
 def test_what_is_timed_is_greedy_decoding(source: DenseCheckpoint, tmp_path: Path) -> None:
     """The engine's cache ends as that of `generate` on the same prompt, whose first 24 tokens it has read."""
-    engine, prompt = TransformersEngine(source.path, "cpu"), torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
+    engine = TransformersEngine(source.path, "cpu", torch.bfloat16)
+    prompt = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
     assert all(seconds > 0 for seconds in engine.run(prompt, 5))
     model = load_model(source.path)
     text = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -228,12 +231,12 @@ def test_the_plan_counts_weights_cache_and_what_measuring_takes(source: DenseChe
 
 
 def test_vllm_is_given_the_checkpoint_s_dtype_and_cache(source: DenseCheckpoint, tmp_path: Path) -> None:
-    arguments = engine_arguments(source, max_tokens=288, batch_size=8, tensor_parallel_size=2)
+    arguments = engine_arguments(source, "bf16", max_tokens=288, batch_size=8, tensor_parallel_size=2)
     assert arguments["model"] == str(source.path) and "kv_cache_dtype" not in arguments
     assert (arguments["dtype"], arguments["max_model_len"], arguments["max_num_seqs"]) == ("bfloat16", 288, 8)
     assert arguments["tensor_parallel_size"] == 2 and arguments["enable_prefix_caching"] is arguments["trust_remote_code"] is False
     cached = made("kv_cache", source, tmp_path / "cached", mode="per_token_head")
-    assert engine_arguments(cached, 288, 8, 1) == arguments | {
+    assert engine_arguments(cached, "bf16", 288, 8, 1) == arguments | {
         "model": str(cached.path), "tensor_parallel_size": 1, "kv_cache_dtype": "int8_per_token_head",
     }  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_a_teacher_may_be_packed(
     if kind == "packed":
         guide = RTN.from_dict({"group_size": 32, "num_bits": 8}).run(quiet(tmp_path / "packed"), teacher)
     precision = {"teacher_precision": "nf4"} if kind == "nf4" else {}
-    made = distill(tmp_path / "out", student, train, guide, dtype=dtype, **precision)
+    made = distill(tmp_path / "out", student, train, guide, compute_dtype=dtype, **precision)
     assert divergence(teacher, made, train) < 0.9 * divergence(teacher, student, train)
 
 
@@ -134,9 +134,9 @@ def test_stored_logits_of_every_word_teach_what_the_teacher_does(
     recorded = {"num_samples": 24, "max_length": 24}
     everything = RecordTeacher.from_dict(recorded | {"k": WORDS}).run(quiet(tmp_path / "all"), teacher, train)
     few = RecordTeacher.from_dict(recorded | {"k": 8}).run(quiet(tmp_path / "few"), teacher, train)
-    resident = distill(tmp_path / "resident", student, train, teacher, dtype="fp32")
-    stored = distill(tmp_path / "stored", student, train, everything, dtype="fp32")
-    coarse = distill(tmp_path / "coarse", student, train, few, dtype="fp32")
+    resident = distill(tmp_path / "resident", student, train, teacher, compute_dtype="fp32")
+    stored = distill(tmp_path / "stored", student, train, everything, compute_dtype="fp32")
+    coarse = distill(tmp_path / "coarse", student, train, few, compute_dtype="fp32")
     moved = largest_difference(resident, student)
     assert largest_difference(resident, stored) < 0.05 * moved  # AdamW magnifies rounding where gradients are tiny
     before, after = divergence(teacher, student, train), divergence(teacher, resident, train)
@@ -185,12 +185,17 @@ def test_without_a_teacher_it_is_training_on_the_text(tmp_path: Path, student: D
 def test_execution_changes_only_how_it_is_computed(
     tmp_path: Path, teacher: DenseCheckpoint, student: DenseCheckpoint, train: Dataset
 ) -> None:
-    plain = distill(tmp_path / "plain", student, train, teacher, dtype="fp32", execution={"micro_batch_size": 4})
+    plain = distill(tmp_path / "plain", student, train, teacher, compute_dtype="fp32", execution={"micro_batch_size": 4})
     frugal = distill(
-        tmp_path / "frugal", student, train, teacher, dtype="fp32", execution={"micro_batch_size": 1, "gradient_checkpointing": True}
+        tmp_path / "frugal",
+        student,
+        train,
+        teacher,
+        compute_dtype="fp32",
+        execution={"micro_batch_size": 1, "gradient_checkpointing": True},
     )
     assert largest_difference(plain, frugal) < 0.05 * largest_difference(plain, student)
-    again = distill(tmp_path / "again", student, train, teacher, dtype="fp32", execution={"micro_batch_size": 4})
+    again = distill(tmp_path / "again", student, train, teacher, compute_dtype="fp32", execution={"micro_batch_size": 4})
     assert largest_difference(plain, again) == 0
 
 
@@ -293,6 +298,7 @@ def test_values_out_of_range_are_refused(params: dict[str, Any]) -> None:
         Distill.from_dict(PARAMS | params)
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_the_plan_itemises_memory_and_says_what_a_setting_means() -> None:
     host, gpu = Target.host(), Target(name="gpu", gpus=1, memory=1 << 34)
     full = Distill.from_dict(PARAMS).memory(MODEL, TEXT, host, MODEL)

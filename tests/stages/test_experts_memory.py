@@ -14,6 +14,8 @@ from stages.runtime.peak_memory import inner_width, largest_layer, layer_bytes
 from stages.runtime.scheme import offloaded_bytes
 from tests.pipeline.test_experts import QWEN3_30B_A3B
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 CPU, GPU = Target(name="cpu"), Target(name="gpu", gpus=1)
 DATA = DatasetSpec(split="calibration", digest="0", nbytes=10_000_000)
 H, I, KV, EXPERTS = 4096, 14336, 1024, 8  # noqa: E741  # Mixtral 8x7B

@@ -125,6 +125,7 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
         calibrate(source, tmp_path / "out", num_samples=5000)
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_memory_itemises_model_hessians_and_hidden_states(tmp_path: Path) -> None:
     spec = DenseCheckpoint(make_checkpoint(tmp_path / "source")).model_spec
     need = GPTQ.from_dict(SMALL).memory(spec, DATA, Target(name="cpu"))

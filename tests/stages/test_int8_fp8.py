@@ -186,6 +186,7 @@ def test_what_cannot_be_is_refused_before_any_weight_is_read(tmp_path: Path) -> 
         FP8().infer(sparse)
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_smoothing_needs_a_layer_and_its_activations_rounding_a_weight(tmp_path: Path) -> None:
     spec = DenseCheckpoint(make_checkpoint(tmp_path / "source")).model_spec
     plain, smoothed = Int8(), Int8.from_dict(SMOOTH)

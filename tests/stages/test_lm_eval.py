@@ -112,7 +112,7 @@ def test_the_harness_own_model_class_says_the_same(source: DenseCheckpoint) -> N
     """Contexts shared and alone, continuations of one token and of many, and a context that has to be cut."""
     pairs = [(text, f" {word}") for text in TEXT for word in ("fox", "dog and the dog", "a")] + [(TEXT[0] * 9, " end of it"), ("", "x y")]
     requests = [SimpleNamespace(args=pair, task_name="any") for pair in pairs]
-    ours = HarnessModel(source.path, torch.device("cpu"), 5, 64, lambda *_: None)
+    ours = HarnessModel(source.path, torch.device("cpu"), torch.float32, 5, 64, lambda *_: None)
     theirs = HFLM(pretrained=load_model(source.path), tokenizer=load_tokenizer(source.path), batch_size=5, max_length=64)
     found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4)
@@ -131,7 +131,7 @@ def test_choices_of_a_question_share_one_forward_over_their_context(source: Dens
     ]
     assert [[len(group.members) for group in batch] for batch in batches(groups, 2)] == [[1], [2]]
     assert [[len(group.members) for group in batch] for batch in batches(groups, 1)] == [[1], [1], [1]]
-    model, seen = HarnessModel(source.path, torch.device("cpu"), 8, 256, lambda *_: None), []
+    model, seen = HarnessModel(source.path, torch.device("cpu"), torch.float32, 8, 256, lambda *_: None), []
     model.model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
     model._loglikelihood_tokens([(None, list(range(100)), [n, 1, 2]) for n in range(4)])
     assert seen == [100, 4 * 2]
@@ -325,26 +325,26 @@ def test_more_tokens_than_there_are_positions_are_refused(tmp_path: Path, source
 
 
 def test_vllm_is_given_the_cache_that_the_checkpoint_asks_for(tmp_path: Path, source: DenseCheckpoint) -> None:
-    plain = vllm_arguments(source.path, 16, 256)
+    plain = vllm_arguments(source.path, 16, 256, "bf16")
     assert plain == {
         "pretrained": str(source.path),
-        "dtype": "auto",
+        "dtype": "bfloat16",
         "trust_remote_code": False,
         "batch_size": 16,
         "max_model_len": 256,
         "seed": 0,
     }
     cached = KVCache().run(Context(tmp_path / "c", lambda event: None), source)
-    assert vllm_arguments(cached.path, 16, 256)["kv_cache_dtype"] == "int8_per_token_head"
+    assert vllm_arguments(cached.path, 16, 256, "bf16")["kv_cache_dtype"] == "int8_per_token_head"
     (cached.path / "kv_cache.json").write_text('{"mode": "static"}')
     with pytest.raises(ValueError, match="engine: vLLM reads no calibrated INT8 scales"):
-        vllm_arguments(cached.path, 16, 256)
+        vllm_arguments(cached.path, 16, 256, "bf16")
 
 
 def test_vllm_where_it_is_not_installed_is_refused(source: DenseCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.runtime.harness_vllm.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="engine: vllm is not installed here"):
-        load_vllm(source.path, 16, 256)
+        load_vllm(source.path, 16, 256, "bf16")
 
 
 HEAD = '    @cache\n    def size(self, name):\n        """Bytes."""'

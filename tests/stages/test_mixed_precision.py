@@ -95,7 +95,7 @@ def test_stock_transformers_computes_with_each_layer_rounded_to_its_own_bits(tmp
     with torch.no_grad():
         for module, form in packed_formats(inferred).items():
             weight = dense.get_parameter(f"{module}.weight")
-            weight.copy_(rounded(weight, form))
+            weight.copy_(rounded(weight, form, weight.dtype))
         ids = torch.arange(40).view(2, 20)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(made.path, dtype="auto")(ids).logits, dense(ids).logits)
     (tmp_path / "dense").mkdir()

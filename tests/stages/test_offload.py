@@ -84,6 +84,7 @@ def test_the_plan_knows_what_the_offload_folder_will_hold(tmp_path: Path, name: 
     assert need.disk["checkpoint"] == stage.infer(model=spec, calibration=DATA).nbytes
 
 
+@pytest.mark.usefixtures("bf16_units")
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_the_plan_counts_a_layer_and_not_the_model(tmp_path: Path, name: str) -> None:
     spec = DenseCheckpoint(make_checkpoint(tmp_path / "source", num_hidden_layers=3, intermediate_size=192)).model_spec
@@ -102,7 +103,7 @@ def test_the_plan_counts_a_layer_and_not_the_model(tmp_path: Path, name: str) ->
 def test_weights_are_in_memory_one_layer_at_a_time(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", num_hidden_layers=3)
     ids, held = torch.arange(24)[None], []
-    with model_on_disk(source, tmp_path / "out") as model:
+    with model_on_disk(source, tmp_path / "out", torch.bfloat16) as model:
         with disable_onloading():
             assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
         for layer in model.get_decoder().layers:
@@ -124,7 +125,7 @@ def test_weights_in_ram_are_no_views_of_the_checkpoints_file(tmp_path: Path) -> 
     assert file in Path("/proc/self/maps").read_text()
     del mapped
     gc.collect()
-    with model_in_ram(source) as model:
+    with model_in_ram(source, torch.bfloat16) as model:
         assert file not in Path("/proc/self/maps").read_text()
         assert torch.equal(model.lm_head.weight, TensorReader(source).read("lm_head.weight"))
 
@@ -139,7 +140,7 @@ def test_a_memory_limit_below_the_model_is_kept(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used + DenseCheckpoint(source).model_spec.nbytes // 2, before[1]))
     try:
-        with model_on_disk(source, tmp_path / "out") as model, layers_keep_weights(model):
+        with model_on_disk(source, tmp_path / "out", torch.bfloat16) as model, layers_keep_weights(model):
             losses = token_losses(model, ids)
         with pytest.raises(RuntimeError, match="unable to mmap"):
             load_model(source)

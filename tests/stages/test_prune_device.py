@@ -16,6 +16,8 @@ from stages.structured_prune import StructuredPrune
 from tests.stages.models import make_checkpoint, write_documents
 from tests.stages.test_prune_sizes import LLAMA_70B
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 DATA = DatasetSpec(split="calibration", digest="0", nbytes=1_000_000)
 CPU, GPU = Target(name="cpu"), Target(name="gpu", gpus=1)
 WIDTH = {"intermediate_size": 64, "group_size": 32, "num_samples": 8, "max_length": 32, "importance": "activation"}

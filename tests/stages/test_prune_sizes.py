@@ -13,6 +13,8 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target
 from stages.structured_prune import StructuredPrune
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 TARGET = Target(name="host")
 CALIBRATION = DatasetSpec(split="calibration", digest="00", nbytes=1)
 LLAMA_70B = Architecture(

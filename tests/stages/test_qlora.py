@@ -21,15 +21,15 @@ from stages.evaluate import Evaluate
 from stages.qlora import QLoRA, QLoRAOutputs, QLoRASpecs
 from stages.runtime.causal_loss import CausalLoss
 from stages.runtime.guard import check_checkpoint
-from stages.runtime.loading import load_model
-from stages.runtime.lora import DTYPES, add_lora, load_nf4
+from stages.runtime.loading import COMPUTE_DTYPES, load_model
+from stages.runtime.lora import add_lora, load_nf4
 from stages.runtime.training_settings import LoRAParams, TrainingParams, kept_bytes
 from stages.structured_prune import StructuredPrune
 from tests.stages.models import make_checkpoint, write_documents
 from tests.stages.processes import killed
 
 ASSETS = Path(__file__).parents[2] / "assets"
-SMALL = {"rank": 4, "num_samples": 12, "max_length": 32, "global_batch_size": 4, "learning_rate": 1e-3, "dtype": "fp32"}
+SMALL = {"rank": 4, "num_samples": 12, "max_length": 32, "global_batch_size": 4, "learning_rate": 1e-3, "compute_dtype": "fp32"}
 TEXT = DatasetSpec(split="train", digest="0", nbytes=1_000_000)
 CHATS = TEXT.model_copy(update={"format": "messages"})
 
@@ -82,7 +82,7 @@ def test_it_recovers_perplexity_that_pruning_cost(tmp_path: Path) -> None:
         "max_length": 128,
         "global_batch_size": 8,
         "learning_rate": 3e-3,
-        "dtype": "bf16",
+        "compute_dtype": "bf16",
         "rank": 16,
     }
     made = tune(tmp_path / "tuned", pruned, train, events.append, {"micro_batch_size": 8}, **settings)
@@ -208,14 +208,16 @@ def test_what_cannot_be_is_refused_before_any_weight_is_read(source: DenseCheckp
 
 
 def test_memory_holds_the_base_in_four_bits_and_optimizer_states_for_the_adapter_alone(source: DenseCheckpoint) -> None:
-    stage = QLoRA.from_dict({**SMALL, "dtype": "bf16"})
+    stage = QLoRA.from_dict({**SMALL, "compute_dtype": "bf16"})
     need, adapter = stage.memory(source.spec, TEXT, Target(name="cpu")), stage.infer(source.spec, TEXT).adapter
     assert need.ram["adapter, its gradient and AdamW's moments"] == 16 * adapter.num_parameters
     assert need.disk["merged checkpoint"] == source.spec.nbytes
     assert "merged checkpoint" not in QLoRA.from_dict({**SMALL, "merge": False}).memory(source.spec, TEXT, Target(name="cpu")).disk
     on_gpu = stage.memory(source.spec, TEXT, Target(name="gpu", gpus=1))
     assert "NF4 base" in on_gpu.vram and "NF4 base" not in on_gpu.ram
-    less = QLoRA.from_dict({**SMALL, "dtype": "bf16"}, {"gradient_checkpointing": True}).memory(source.spec, TEXT, Target(name="cpu"))
+    less = QLoRA.from_dict({**SMALL, "compute_dtype": "bf16"}, {"gradient_checkpointing": True}).memory(
+        source.spec, TEXT, Target(name="cpu")
+    )
     assert less.ram["activations of a micro batch"] < need.ram["activations of a micro batch"]
     assert source.spec.nbytes > need.ram["NF4 base"] > source.spec.nbytes / 4
 
@@ -230,13 +232,13 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_what_the_plan_counts(
     kept = {}
     for layers in (1, 3):
         source = checkpoint(make_checkpoint(tmp_path / str(layers), model_type, num_hidden_layers=layers))
-        model = load_nf4(source.path, "cpu", DTYPES[dtype]) if lora else load_model(source.path).float()
+        model = load_nf4(source.path, "cpu", COMPUTE_DTYPES[dtype]) if lora else load_model(source.path).float()
         if lora:
             add_lora(model, lora.rank, lora.lora_alpha, lora.lora_dropout, 0)
         for length in (32, 64):
             kept[layers, length] = saved_bytes(CausalLoss(model.train()), torch.arange(2 * length).view(2, length), dtype == "bf16")
     found = (kept[3, 64] - kept[1, 64] - kept[3, 32] + kept[1, 32]) / (2 * 64)
-    assert found == pytest.approx(kept_bytes(TrainingParams(learning_rate=1, dtype=dtype), source.model_spec, lora), rel=0.01)
+    assert found == pytest.approx(kept_bytes(TrainingParams(learning_rate=1, compute_dtype=dtype), source.model_spec, lora), rel=0.01)
 
 
 def saved_bytes(module: torch.nn.Module, ids: torch.Tensor, autocast: bool) -> int:

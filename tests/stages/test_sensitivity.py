@@ -84,7 +84,7 @@ def test_weights_are_rounded_as_they_would_be_stored(num_bits: int, symmetric: b
     torch.manual_seed(0)
     weight, form = torch.randn(48, 96).bfloat16(), WeightFormat(num_bits=num_bits, group_size=32, symmetric=symmetric)
     packed = pack_weight(weight, form, *min_max_parameters(weight, form))
-    assert torch.equal(rounded(weight, form), unpack_weight(packed, form, torch.bfloat16))
+    assert torch.equal(rounded(weight, form, torch.bfloat16), unpack_weight(packed, form, torch.bfloat16))
     assert {suffix: tuple(tensor.shape) for suffix, tensor in packed.items()} == {
         suffix: shape for suffix, (_, shape) in form.tensors((48, 96), "BF16").items()
     }
@@ -123,7 +123,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path: Path, source:
 
 
 def test_weights_that_overflow_are_refused(tmp_path: Path, source: DenseCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.runtime.sensitivity.rounded", lambda weight, form: weight * float("inf"))
+    monkeypatch.setattr("stages.runtime.sensitivity.rounded", lambda weight, form, stored: weight * float("inf"))
     with pytest.raises(ValueError, match=r"rounding model\.layers\.0\.self_attn\.qkv_proj to 2 bits makes the model compute nan or inf"):
         measure(tmp_path / "out", source)
 
@@ -154,6 +154,7 @@ def test_what_cannot_be_measured_is_refused_before_any_weight_is_read(tmp_path: 
         MeasureSensitivity.from_dict(PARAMS).infer(ModelSpec.from_config(MIXTRAL), data)
 
 
+@pytest.mark.usefixtures("bf16_units")
 def test_the_plan_counts_a_variant_from_its_own_layer_on(tmp_path: Path, source: DenseCheckpoint) -> None:
     data, target, stage = text(tmp_path).spec, Target(name="any"), MeasureSensitivity.from_dict
     spec, head = source.model_spec, {"ignore": ["lm_head", "re:.*layers.0.*"]}

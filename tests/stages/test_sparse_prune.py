@@ -25,6 +25,8 @@ from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.sparse_prune import SparsePrune
 from tests.stages.models import make_checkpoint, write_documents
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 WINDOWS = {"num_samples": 6, "max_length": 32}
 TWO_OF_FOUR = Sparsity(share=0.5, pattern="2:4")
 Events = list[dict[str, Any]]

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.artifact import Checkpoint, Dataset, DenseCheckpoint, TeacherLogits, tokenizer_digest
 from pipeline.artifact_spec import DatasetSpec, LogitsSpec
+from pipeline.compute_dtype import DECIDED
 from pipeline.headers import CheckpointFileError, read_header
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
@@ -26,6 +27,8 @@ from stages.runtime.tensors import CheckpointWriter, TensorReader
 from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.teacher_logits import RecordTeacher
 from tests.stages.models import make_checkpoint, save_tokenizer, write_documents
+
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
 
 SAMPLES, LENGTH, K = 10, 24, 12
 PARAMS = {"num_samples": SAMPLES, "max_length": LENGTH, "k": K}
@@ -69,7 +72,8 @@ def forward(teacher: Checkpoint, windows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32", "packed"])
-def test_both_modes_store_what_a_plain_forward_gives(tmp_path: Path, kind: str) -> None:
+def test_both_modes_store_what_a_plain_forward_gives(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DECIDED, "fp32" if kind == "fp32" else "bf16")
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     teacher: Checkpoint = as_checkpoint(make_checkpoint(tmp_path / "teacher", "qwen3", dtype=dtype, head_dim=32))
     if kind == "packed":

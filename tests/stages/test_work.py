@@ -15,6 +15,8 @@ from pipeline.target import Target
 from stages.runtime.stage_work import TOKEN_BYTES, forward_flops, packed_weights, training
 from stages.runtime.training_settings import TrainingExecution
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 A100 = Target(name="a100", gpus=1, memory=80 * 2**30, flops=312e12, bandwidth=2039e9)
 TEXT = DatasetSpec(split="text", digest="00", nbytes=2 * 10**8)
 STEP = dict(model_type="llama", dtype="BF16", max_position=8192)
@@ -91,7 +93,7 @@ def test_gradient_checkpointing_computes_the_layers_once_more() -> None:
 
 
 def test_float32_is_slower_on_gpus_than_bf16_by_what_the_data_sheet_says() -> None:
-    bf16, fp32 = (work_of("distill", {"alpha": 0, "dtype": dtype}, student=SEVEN, train=TEXT) for dtype in ("bf16", "fp32"))
+    bf16, fp32 = (work_of("distill", {"alpha": 0, "compute_dtype": dtype}, student=SEVEN, train=TEXT) for dtype in ("bf16", "fp32"))
     assert bf16.flops == fp32.float32_flops and not fp32.flops and not bf16.float32_flops
     assert seconds(Work(float32_flops=19.5e12), A100, utilisation=1) == pytest.approx(1)
 

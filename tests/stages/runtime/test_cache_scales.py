@@ -16,6 +16,8 @@ from pipeline.layout import KVCacheSpec
 from stages.runtime.cache_scales import calibrate_scales, read_scales, scale_problems, write_scales
 from tests.stages.models import make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
+
 LAYERS, HEADS, CPU = 3, 2, torch.device("cpu")
 STATIC = KVCacheSpec(layers=LAYERS, kv_heads=HEADS, head_dim=16, mode="static")
 WINDOWS = torch.arange(5 * 200).view(5, 200) % 300  # two windows in a micro-batch, then one
@@ -34,7 +36,7 @@ def test_they_are_the_largest_magnitudes_that_a_cache_holds(tmp_path: Path, fami
     with torch.no_grad():
         model(WINDOWS, past_key_values=cache, use_cache=True, attention_mask=None)
     steps: list[tuple[int, int]] = []
-    scales = calibrate_scales(folder, WINDOWS, CPU, lambda *step: steps.append(step))
+    scales = calibrate_scales(folder, WINDOWS, CPU, torch.bfloat16, lambda *step: steps.append(step))
     for i, layer in enumerate(cache.layers):
         for name, states in (("k_scale", layer.keys), ("v_scale", layer.values)):
             expected = states.float().abs().amax((0, 2, 3)) / 127
@@ -49,11 +51,11 @@ def test_a_head_that_gives_no_scale_is_named(tmp_path: Path) -> None:
     weights["model.layers.1.self_attn.v_proj.weight"][16:] = 0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"the values of layer 1, KV head 1 reach 0 on the calibration text.*write per_token_head"):
-        calibrate_scales(folder, WINDOWS, CPU, ignore)
+        calibrate_scales(folder, WINDOWS, CPU, torch.bfloat16, ignore)
     weights["model.layers.0.self_attn.k_proj.weight"][3, 5] = torch.inf
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"the keys of layer 0, KV head 0 reach (nan|inf)"):
-        calibrate_scales(folder, WINDOWS, CPU, ignore)
+        calibrate_scales(folder, WINDOWS, CPU, torch.bfloat16, ignore)
 
 
 def good() -> dict[str, torch.Tensor]:

@@ -98,8 +98,8 @@ def of_kind(events: list[dict[str, Any]], kind: str) -> list[Any]:
 def test_two_processes_train_what_one_does(tmp_path: Path, inputs: dict[str, Any], several: Callable[[str], str]) -> None:
     alone: list[dict[str, Any]] = []
     together: list[dict[str, Any]] = []
-    one = distill(tmp_path / "one", inputs, alone.append, dtype="fp32")
-    two = distill(tmp_path / "two", inputs, together.append, several(COPIES), dtype="fp32")
+    one = distill(tmp_path / "one", inputs, alone.append, compute_dtype="fp32")
+    two = distill(tmp_path / "two", inputs, together.append, several(COPIES), compute_dtype="fp32")
     assert largest_difference(one, two) < 1e-5 < 1e-3 < largest_difference(one, inputs["student"])
     assert {file.name for file in two.path.iterdir()} == {file.name for file in one.path.iterdir()}
     for kind in ("progress", "note"):
@@ -123,7 +123,7 @@ def test_sharded_weights_compute_in_bf16_as_whole_ones_do(tmp_path: Path, inputs
 def test_a_sharded_training_that_is_killed_continues_and_leaves_no_process(
     tmp_path: Path, inputs: dict[str, Any], several: Callable[[str], str]
 ) -> None:
-    one = distill(tmp_path / "one", inputs, dtype="fp32")
+    one = distill(tmp_path / "one", inputs, compute_dtype="fp32")
     config, folder = several(SHARDS), tmp_path / "killed"
 
     def die_at_the_third(event: dict[str, Any]) -> None:
@@ -132,14 +132,14 @@ def test_a_sharded_training_that_is_killed_continues_and_leaves_no_process(
                 process.suspend()  # it does not end by itself
             os.kill(os.getpid(), signal.SIGKILL)
 
-    killed(lambda: distill(folder, inputs, die_at_the_third, config, dtype="fp32"))
+    killed(lambda: distill(folder, inputs, die_at_the_third, config, compute_dtype="fp32"))
     deadline = time.monotonic() + 5
     while running := processes_of(folder):
         assert time.monotonic() < deadline, running
         time.sleep(0.05)
 
     events: list[dict[str, Any]] = []
-    made = distill(folder, inputs, events.append, config, dtype="fp32")
+    made = distill(folder, inputs, events.append, config, compute_dtype="fp32")
     assert of_kind(events, "resumed")[0]["text"] in ("update 2 of 4", "update 3 of 4")
     assert largest_difference(one, made) < 1e-5
     assert {file.name for file in made.path.iterdir()} == {file.name for file in one.path.iterdir()}

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import pytest
+
 from pipeline.artifact_spec import DatasetSpec
 from pipeline.layout import WeightFormat
 from pipeline.spec import ModelSpec
 from pipeline.stage import find_stage
 from pipeline.target import Memory, Target
 from stages.runtime.peak_memory import freed_activations, kept_by_malloc, peak, resident_memory, widest
+
+pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
 
 CPU, GPU = Target(name="cpu"), Target(name="gpu", gpus=1)
 TEXT = DatasetSpec(split="train", digest="0", nbytes=1_000_000)

@@ -263,7 +263,7 @@ def test_a_loss_that_is_not_finite_ends_it_before_it_reaches_a_weight(tmp_path: 
 def test_bf16_is_the_dtype_of_the_computation_only(tmp_path: Path) -> None:
     exact, rounded = Toy(), Toy()
     fit(tmp_path / "fp32", exact)
-    fit(tmp_path / "bf16", rounded, dtype="bf16")
+    fit(tmp_path / "bf16", rounded, compute_dtype="bf16")
     assert rounded.head.dtype == torch.float32
     assert 0 < (rounded.head - exact.head).abs().max() < 0.02
 
