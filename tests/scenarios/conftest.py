@@ -70,7 +70,7 @@ def run(folder: Path) -> Run:
         code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nfrom pipeline.cli import main\nmain()"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", **(env or {})}
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
         )
         assert "Traceback" not in done.stderr + done.stdout
         return Outcome(done.returncode, done.stdout, done.stderr)

@@ -43,7 +43,7 @@ def test_a_training_that_is_killed_ends_where_it_would_have_ended(run: Run, fold
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     scratch = folder / "broken" / "scratch"
-    toys.wait_until(lambda: any(int(path.name[11:]) > 2 for path in scratch.glob("*/training/checkpoint-*")), 120)
+    toys.wait_until(lambda: any(int(path.name[11:]) > 2 for path in scratch.glob("*/training/checkpoint-*")))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not list((folder / "broken" / "store").glob("*"))

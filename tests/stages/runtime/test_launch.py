@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from stages.runtime import launch
 from stages.runtime.launch import Processes, read_config
 from stages.runtime.tensors import TensorReader
 from stages.runtime.training import update_batches
+from tests import toys
 from tests.stages.models import make_checkpoint, write_documents
 from tests.stages.processes import killed
 
@@ -133,10 +133,7 @@ def test_a_sharded_training_that_is_killed_continues_and_leaves_no_process(
             os.kill(os.getpid(), signal.SIGKILL)
 
     killed(lambda: distill(folder, inputs, die_at_the_third, config, compute_dtype="fp32"))
-    deadline = time.monotonic() + 5
-    while running := processes_of(folder):
-        assert time.monotonic() < deadline, running
-        time.sleep(0.05)
+    toys.wait_until(lambda: not processes_of(folder))
 
     events: list[dict[str, Any]] = []
     made = distill(folder, inputs, events.append, config, compute_dtype="fp32")
