@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.compute_dtype import DECIDED
+from pipeline.machine import core_count
 from pipeline.worker import set_library_defaults
 
 os.environ.setdefault(DECIDED, "fp32")  # results, keys and plans are then the same on any machine; tests of bf16 say so
 set_library_defaults()  # before torch is imported: stages that run in this process then behave as in a worker
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores, as the jobs of a sweep do
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, core_count() // workers)))
 
 from tests.toys.fixtures import bench, fork_server, spawn_bench, toys_path  # noqa: E402
 

@@ -12,6 +12,7 @@ import pytest
 from tests.stages.models import TEXT, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
+UNTRACKED = "tracking.enabled=false"  # where MLflow is not the matter: importing it costs as much as a small run
 
 
 @dataclass(frozen=True)

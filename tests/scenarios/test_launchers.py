@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from tests import toys
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
-PARALLEL = ("-m", "hydra/launcher=parallel", "tracking.enabled=false")
+PARALLEL = ("-m", "hydra/launcher=parallel", UNTRACKED)
 RECIPE = """# Two reports, the second of which takes a second. No job can do without the first.
 defaults:
   - /stage@stages.first: toy
@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_costs_no_finished_stage_and_the_same_command_co
     assert len(executions(site)) == JOBS + len(after) - len(before)
 
 
-@pytest.mark.parametrize("everyone", [True, False])
+@pytest.mark.parametrize("everyone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_every_process_of_a_parallel_sweep_and_a_later_one_completes(start: Start, site: Path, everyone: bool) -> None:
     process = start(*PARALLEL, *SWEEP)
     toys.wait_until(lambda: len(executions(site)) >= 2)
@@ -154,7 +154,7 @@ def test_no_worker_outlives_a_sweep_that_is_killed(start: Start, site: Path) -> 
 
 
 def test_jobs_that_slurm_would_start_take_their_settings_and_folders_along(start: Start, site: Path) -> None:
-    code, err = end_of(start("-m", "hydra/launcher=slurm_local", "recipe=toys.yaml", "stages.report.value=1,2", "tracking.enabled=false"))
+    code, err = end_of(start("-m", "hydra/launcher=slurm_local", "recipe=toys.yaml", "stages.report.value=1,2", UNTRACKED))
     assert code == 0, err
     assert len(executions(site)) == 2 and len(published(site)) == 3
     (sweep,) = (site / "outputs" / "sweeps").iterdir()
@@ -175,7 +175,7 @@ def test_jobs_run_on_a_ray_cluster(start: Start, site: Path, toys_path: str) -> 
     )
     try:
         assert head.stdout and any("Ray runtime started" in line for line in head.stdout)
-        cluster = ("-m", "hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address=127.0.0.1:{port}", "tracking.enabled=false")
+        cluster = ("-m", "hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address=127.0.0.1:{port}", UNTRACKED)
         code, err = end_of(start(*cluster, *SWEEP, "hydra.launcher.ray.remote.num_cpus=1"))
         assert code == 0, err
         assert len(executions(site)) == JOBS and len(published(site)) == 1 + JOBS

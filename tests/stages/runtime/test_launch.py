@@ -109,6 +109,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, inputs: dict[str, Any
     assert two.metrics["train_loss"] == pytest.approx(one.metrics["train_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_weights_compute_in_bf16_as_whole_ones_do(tmp_path: Path, inputs: dict[str, Any], several: Callable[[str], str]) -> None:
     student = DenseCheckpoint(make_checkpoint(tmp_path / "bf16", num_hidden_layers=2))
     alone: list[dict[str, Any]] = []
@@ -120,6 +121,7 @@ def test_sharded_weights_compute_in_bf16_as_whole_ones_do(tmp_path: Path, inputs
     assert curves[1] == pytest.approx(curves[0], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_sharded_training_that_is_killed_continues_and_leaves_no_process(
     tmp_path: Path, inputs: dict[str, Any], several: Callable[[str], str]
 ) -> None:
