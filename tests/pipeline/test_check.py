@@ -187,7 +187,7 @@ def test_what_cannot_be_read_costs_one_sentence(tmp_path: Path, monkeypatch: pyt
         (["mode=check"], "path: which checkpoint is to be checked? write mode=check path=/folder"),
         (["mode=check", "path=x", "recipe=quickstart"], "recipe: mode=check looks at a checkpoint and reads no recipe; "),
         (["mode=plan", "path=x", "recipe=quickstart"], "path: it has an effect only with mode=check; "),
-        (["mode=gc", "path=x"], "path: it has an effect only with mode=check; "),
+        pytest.param(["mode=gc", "path=x"], "path: it has an effect only with mode=check; ", marks=pytest.mark.slow),
     ],
 )
 def test_a_setting_without_effect_is_refused(tmp_path: Path, arguments: list[str], sentence: str) -> None:

@@ -1,5 +1,4 @@
 import re
-import time
 
 import pytest
 
@@ -9,6 +8,7 @@ from pipeline.layout import WeightFormat
 from pipeline.spec import ModelSpec
 from pipeline.target import Target
 from tests.pipeline.test_target import FILES, shipped
+from tests.yardsticks import import_seconds, work_seconds
 
 TARGETS = {file.stem: shipped(file.stem) for file in FILES}
 A100, RTX4090, NVL = TARGETS["a100_80gb"], TARGETS["rtx4090"], TARGETS["h100_nvl_188gb"]
@@ -207,8 +207,4 @@ def test_what_cannot_be_told_is_one_sentence_each_all_at_once(target: Target, co
 
 def test_asking_is_quick_enough_for_a_thousand_orders() -> None:
     spec = packed(LLAMA3_70B)
-    fit(spec, A100, 32768, 8, TARGETS)
-    start = time.process_time()
-    for _ in range(10):
-        fit(spec, A100, 32768, 8, TARGETS)
-    assert (time.process_time() - start) / 10 < 0.02
+    assert work_seconds(lambda: fit(spec, A100, 32768, 8, TARGETS), repeats=10) < 0.1 * import_seconds()

@@ -2,7 +2,10 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,20 @@ from tests.pipeline.test_worker import prepare
 
 
 def finish(worker: Worker) -> int:
-    code = worker.wait(60)
+    code = worker.wait(300)
     assert code is not None
     return code
+
+
+def wall_seconds(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def import_torch() -> None:
+    """What a worker that is not forked has to do first."""
+    subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
 
 
 def test_forked_and_spawned_workers_do_the_same_job(fork_server: ForkServer, tmp_path: Path) -> None:
@@ -35,12 +49,11 @@ def test_forked_and_spawned_workers_do_the_same_job(fork_server: ForkServer, tmp
     assert fork_server.reason == "", "with the pinned libraries, forking is safe on Linux"
 
 
-def test_a_warm_start_takes_a_fraction_of_a_second(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_a_warm_start_takes_a_fraction_of_what_the_imports_take(fork_server: ForkServer, tmp_path: Path) -> None:
     prepare(tmp_path)
     finish(fork_server.run(tmp_path))
-    started = time.monotonic()
-    finish(fork_server.run(tmp_path))
-    assert time.monotonic() - started < 1.0, "importing torch and transformers takes several seconds, even on an idle machine"
+    warm = min(wall_seconds(lambda: finish(fork_server.run(tmp_path))) for _ in range(3))
+    assert warm < 0.5 * wall_seconds(import_torch)
 
 
 def test_the_libraries_are_there_and_threads_work_after_the_fork(fork_server: ForkServer, tmp_path: Path) -> None:
@@ -82,9 +95,8 @@ def test_closing_does_not_wait_for_the_imports(tmp_path: Path) -> None:
     server.start()
     assert server._server
     pid = server._server.pid
-    started = time.monotonic()
-    server.close()
-    assert time.monotonic() - started < 2.0 and not toys.is_alive(pid)
+    assert wall_seconds(server.close) < 0.5 * wall_seconds(import_torch)
+    assert not toys.is_alive(pid)
 
 
 def test_a_request_names_a_folder_only(fork_server: ForkServer, tmp_path: Path) -> None:

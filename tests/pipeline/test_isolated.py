@@ -127,7 +127,7 @@ def test_the_other_interpreter_does_not_outlive_a_stage_that_is_killed(python: P
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(found: Callable[[], Any], seconds: float = 300.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, "it did not happen"

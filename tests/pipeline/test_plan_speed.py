@@ -1,10 +1,8 @@
 """A plan is made while one waits: `python bench/plan.py` prints the figures that these bounds leave room above."""
 
 import os
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from pipeline import compose
@@ -14,6 +12,7 @@ from pipeline.spec import ModelSpec
 from pipeline.stage import find_stage
 from pipeline.store import Store
 from tests.pipeline.shipped import shipped_recipe
+from tests.yardsticks import command_seconds, import_seconds, work_seconds
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "mlflow", "llmcompressor", "compressed_tensors", "numpy", "safetensors", "peft", "bitsandbytes")
@@ -25,37 +24,27 @@ SPARSE = {  # 128 experts in each of 48 layers: 18,673 Linear layers
 }  # fmt: skip
 
 
-def test_the_70b_recipe_is_planned_in_20_ms(tmp_path: Path) -> None:
-    recipe, store, times = shipped_recipe("70b_to_single_a100"), Store(tmp_path), []
-    for _ in range(6):
-        started = time.process_time()
-        make_plan(recipe, store, compose.resources(), execute=False)
-        times.append(time.process_time() - started)
-    assert min(times[1:]) < 0.020
+def test_the_70b_recipe_is_planned_in_a_fraction_of_what_imports_take(tmp_path: Path) -> None:
+    recipe, store = shipped_recipe("70b_to_single_a100"), Store(tmp_path)
+    planning = work_seconds(lambda: make_plan(recipe, store, compose.resources(), execute=False), repeats=6)
+    assert planning < 0.25 * import_seconds()
 
 
-def test_the_command_plans_in_a_second_of_cpu_and_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_the_command_plans_in_a_few_times_what_its_imports_take_and_imports_nothing_heavy(tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMMAND, "recipe=70b_to_single_a100", "mode=plan", f"outputs={tmp_path / 'outputs'}"]
-    times = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0 and "8 x 32,768 tokens fit a100_80gb" in done.stdout, done.stderr
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if times[-1] < 1:
-            return
-    raise AssertionError(f"{times} s of CPU")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "8 x 32,768 tokens fit a100_80gb" in done.stdout, done.stderr
+    assert command_seconds(command, tmp_path, environment) < 8 * import_seconds()
 
 
 def test_thousands_of_experts_are_packed_without_building_their_names() -> None:
     assert SPARSE["model_type"] in CONFIGS
-    model, times = ModelSpec.from_config(SPARSE), []
-    for _ in range(3):
-        started = time.process_time()
-        packed = find_stage("rtn").from_dict({"ignore": ["lm_head", "model.layers.3.self_attn.q_proj"]}).infer(model=model)
-        times.append(time.process_time() - started)
+    rtn = find_stage("rtn").from_dict({"ignore": ["lm_head", "model.layers.3.self_attn.q_proj"]})
+    many, few = ({**SPARSE, "num_experts": experts} for experts in (128, 8))
+    packed = rtn.infer(model=ModelSpec.from_config(many))
     assert sum(group.count for group in packed.linear_groups) == 48 * (4 + 3 * 128) + 1
     dense = [name for group in packed.linear_groups if group.format.is_dense for name in group.module_names]
     assert sorted(dense) == ["lm_head", "model.layers.3.self_attn.q_proj"]
-    assert min(times) < 0.005
+    times = [work_seconds(lambda config=config: rtn.infer(model=ModelSpec.from_config(config)), repeats=20) for config in (many, few)]
+    assert times[0] < 2 * times[1]

@@ -31,7 +31,7 @@ from stages.gptq import GPTQ
 from stages.rtn import RTN
 from tests.pipeline.rehearsal import plan_of, rehearse, small_model
 
-LONG = 120.0  # seconds for a recorder on a loaded machine
+LONG = 300.0  # seconds for a recorder on a loaded machine
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,9 @@ def pipelines(client: MlflowClient) -> list[Run]:
 
 def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tmp_path: Path) -> None:
     plan = plan_of(model, tmp_path)
+    started = time.monotonic()
     tracker, line, report = run(plan, tmp_path)
+    recording = time.monotonic() - started
     command, address = line.splitlines()
     assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
     assert address.startswith("http://127.0.0.1:5000/#/experiments/1/runs?")
@@ -122,7 +124,7 @@ def test_a_run_is_recorded_and_the_same_run_again_starts_nothing(model: Path, tm
     tracker, line, _ = run(plan, tmp_path)
     assert line.splitlines()[0].endswith("(already recorded)")
     assert tracker._recorder is None
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 0.3 * recording, "which imports MLflow, in another process"
 
     client.delete_run(pipeline.info.run_id)
     assert not is_recorded(tracker.run_dir, tracker.uri, Recorded.read(tracker.run_dir).state)  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ import pytest
 from tests.stages.models import TEXT, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
+UNTRACKED = "tracking.enabled=false"  # where MLflow is not the matter: importing it costs as much as a small run
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def run(folder: Path) -> Run:
         code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nfrom pipeline.cli import main\nmain()"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", **(env or {})}
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
         )
         assert "Traceback" not in done.stderr + done.stdout
         return Outcome(done.returncode, done.stdout, done.stderr)

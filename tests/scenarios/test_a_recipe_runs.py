@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from tests.scenarios.conftest import ROOT, Run
+from tests.scenarios.conftest import ROOT, UNTRACKED, Run
+from tests.yardsticks import command_seconds, import_seconds
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -57,18 +57,18 @@ def test_a_recipe_runs_and_again_it_is_all_hits_and_a_change_runs_only_what_foll
 
 
 def test_a_broken_stage_names_its_log_and_the_next_run_continues(run: Run, folder: Path) -> None:
-    failed = run("recipe=mine.yaml", "stages.quantize.execution.memory_limit=1KiB")
+    failed = run("recipe=mine.yaml", UNTRACKED, "stages.quantize.execution.memory_limit=1KiB")
     assert failed.code == 4
     assert "quantize: ran out of memory" in failed.errors[0] and "log.txt" in failed.errors[0]
     assert statuses(folder) == {"evaluate@source": "ran", "prune": "ran", "quantize": "failed", "evaluate": "not reached"}
-    assert run("recipe=mine.yaml").code == 0
+    assert run("recipe=mine.yaml", UNTRACKED).code == 0
     assert statuses(folder) == {"evaluate@source": "hit", "prune": "hit", "quantize": "ran", "evaluate": "ran"}
 
 
 def test_scripts_read_json_from_standard_output(run: Run) -> None:
     plan = json.loads(run("recipe=mine.yaml", "mode=plan", "format=json").out)
     assert [node["name"] for node in plan["nodes"]] == ["evaluate@source", "prune", "quantize", "evaluate"]
-    assert json.loads(run("recipe=mine.yaml", "format=json", "tracking.enabled=false").out)["verdict"] == "complete"
+    assert json.loads(run("recipe=mine.yaml", "format=json", UNTRACKED).out)["verdict"] == "complete"
 
 
 def test_run_alone_lists_the_recipes_and_help_the_groups(run: Run) -> None:
@@ -82,15 +82,13 @@ def test_planning_imports_nothing_heavy(run: Run, folder: Path) -> None:
     heavy = ("torch", "transformers", "mlflow", "llmcompressor", "compressed_tensors", "numpy", "safetensors")
     assert run("recipe=mine.yaml", "mode=plan", blocked=heavy).code == 0
     assert not (folder / "outputs").exists()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "pipeline", "recipe=quickstart", "mode=plan"], cwd=ROOT, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # promised: under 1 s, on an idle machine
+    plan = [sys.executable, "-m", "pipeline", "recipe=quickstart", "mode=plan", f"outputs={folder / 'outputs'}"]
+    assert command_seconds(plan, ROOT) < 8 * import_seconds()
 
 
 def test_gc_removes_what_no_run_uses(run: Run, folder: Path) -> None:
-    assert run("recipe=mine.yaml", "order=[prune]").code == 0
-    assert run("recipe=mine.yaml", "order=[quantize]").code == 0
+    assert run("recipe=mine.yaml", "order=[prune]", UNTRACKED).code == 0
+    assert run("recipe=mine.yaml", "order=[quantize]", UNTRACKED).code == 0
     kept = run("mode=gc")
     assert kept.code == 0 and "freed 0 B; 2 artifacts are used by runs and stay" in kept.out
     for plan in (folder / "outputs" / "runs").glob("*/*/plan.json"):
@@ -101,14 +99,14 @@ def test_gc_removes_what_no_run_uses(run: Run, folder: Path) -> None:
 
 
 def test_a_sweep_shares_what_its_jobs_have_in_common(run: Run, folder: Path) -> None:
-    outcome = run("-m", "recipe=mine.yaml", "stages.quantize.num_bits=4,8", "order=[prune,quantize]")
+    outcome = run("-m", "recipe=mine.yaml", "stages.quantize.num_bits=4,8", "order=[prune,quantize]", UNTRACKED)
     assert outcome.code == 0, outcome.err
     names = sorted(path.name.partition("-")[0] for path in (folder / "outputs" / "store").iterdir())
     assert names == ["rtn", "rtn", "structured_prune"]
 
 
 def test_ctrl_c_ends_a_sweep_and_not_only_its_running_job(folder: Path) -> None:
-    arguments = ["-m", "recipe=mine.yaml", "stages.quantize.num_bits=4,8", "order=[quantize,evaluate]", "tracking.enabled=false"]
+    arguments = ["-m", "recipe=mine.yaml", "stages.quantize.num_bits=4,8", "order=[quantize,evaluate]", UNTRACKED]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
@@ -122,7 +120,7 @@ def test_ctrl_c_ends_a_sweep_and_not_only_its_running_job(folder: Path) -> None:
         while "started" not in sweep.stderr.readline():
             assert sweep.poll() is None
         sweep.send_signal(signal.SIGINT)
-        _, errors = sweep.communicate(timeout=60)
+        _, errors = sweep.communicate(timeout=300)
     assert sweep.returncode == 130
     assert "Traceback" not in errors
     assert len(list((folder / "outputs" / "runs" / "mine").iterdir())) == 1

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
 
 def test_a_run_leaves_a_page_and_the_same_run_again_keeps_it(run: Run, folder: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_run_leaves_a_page_and_the_same_run_again_keeps_it(run: Run, folder: P
 
 
 def test_an_error_is_on_the_page_of_the_run_that_it_ended(run: Run, folder: Path) -> None:
-    outcome = run("recipe=mine.yaml", "gates=[{after: prune, metric: perplexity, max: 1.5}]", "tracking.enabled=false")
+    outcome = run("recipe=mine.yaml", "gates=[{after: prune, metric: perplexity, max: 1.5}]", UNTRACKED)
     assert outcome.code == 6
     (page,) = folder.glob("outputs/runs/mine/*/report.html")
     assert "failed: gate@prune: gate fails: perplexity is " in page.read_text()

@@ -5,10 +5,9 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
 SWEEP = ("-m", "recipe=mine.yaml", "order=[quantize,evaluate]", "stages.quantize.num_bits=4,8")
-UNTRACKED = (*SWEEP, "tracking.enabled=false")
 
 
 def sweeps(folder: Path) -> list[Path]:
@@ -20,7 +19,7 @@ def jobs(sweep: Path) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_leaves_records_and_a_ranking_and_the_same_sweep_again_finds_them(run: Run, folder: Path) -> None:
-    first = run(*UNTRACKED)
+    first = run(*SWEEP, UNTRACKED)
     assert first.code == 0, first.err
     (sweep,) = sweeps(folder)
     assert sweep.name.startswith("mine-") and {"sweep.html", "sweep.md", "sweep.json"} <= {file.name for file in sweep.iterdir()}
@@ -29,16 +28,16 @@ def test_a_sweep_leaves_records_and_a_ranking_and_the_same_sweep_again_finds_the
     assert [record["exit_code"] for record in jobs(sweep)] == [0, 0]
     assert "rtn4" in first.out and "rtn8" in first.out
 
-    again = run("fit=warn", *UNTRACKED)  # how it is run is no part of what is swept
+    again = run("fit=warn", *SWEEP, UNTRACKED)  # how it is run is no part of what is swept
     assert again.code == 0 and sweeps(folder) == [sweep] and len(jobs(sweep)) == 2
     assert json.loads((sweep / "sweep.json").read_text())["executions"]["ran"] == 0
 
-    other = run(*UNTRACKED, "stages.quantize.group_size=128")
+    other = run(*SWEEP, UNTRACKED, "stages.quantize.group_size=128")
     assert other.code == 0 and len(sweeps(folder)) == 2
 
 
 def test_a_job_that_fails_is_told_once_and_the_others_are_ranked(run: Run, folder: Path) -> None:
-    outcome = run("-m", "recipe=mine.yaml", "order=[quantize,evaluate]", "stages.quantize.group_size=64,100", "tracking.enabled=false")
+    outcome = run("-m", "recipe=mine.yaml", "order=[quantize,evaluate]", "stages.quantize.group_size=64,100", UNTRACKED)
     assert outcome.code == 2
     assert len(outcome.errors) == 1 and "group_size" in outcome.errors[0]
     (sweep,) = sweeps(folder)

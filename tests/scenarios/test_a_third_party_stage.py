@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from stages.runtime.tensors import TensorReader
-from tests.scenarios.conftest import ROOT, Run
+from tests.scenarios.conftest import ROOT, UNTRACKED, Run
 
 PACKAGE = ROOT / "tests" / "plugin_package"
 GUIDE = ROOT / "docs" / "add_a_stage.md"
@@ -51,7 +51,7 @@ def test_the_guides_recipe_runs_with_it_and_again_it_is_all_hits(
 ) -> None:
     (recipe,) = guide_blocks("yaml")
     (folder / "mine.yaml").write_text(recipe)
-    arguments = ("recipe=mine.yaml", f"model.path={model}", "data.splits={eval: data/eval.txt}", "tracking.enabled=false")
+    arguments = ("recipe=mine.yaml", f"model.path={model}", "data.splits={eval: data/eval.txt}", UNTRACKED)
     assert "low_rank" in run_with_plugin("--help").out
 
     first = run_with_plugin(*arguments)

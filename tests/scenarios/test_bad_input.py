@@ -8,18 +8,20 @@ import torch
 
 from tests.scenarios.conftest import Run
 
+slow = pytest.mark.slow  # a sentence of a kind that another case has too
+
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["recipe=quickstrat"], "recipe: there is no 'quickstrat'; did you mean 'quickstart'?"),
-        (["recipe=absent.yaml"], "recipe: absent.yaml does not exist; there are: 13b_to_rtx4090, "),
+        pytest.param(["recipe=absent.yaml"], "recipe: absent.yaml does not exist; there are: 13b_to_rtx4090, ", marks=slow),
         (["mode=plan"], "no recipe is chosen; write recipe=<name>"),
         (["recipe=mine.yaml", "stage@stages.quantize=gtpq"], "stage: there is no 'gtpq'; did you mean 'gptq'?"),
         (["recipe=mine.yaml", "stages.prune.mlp_raito=0.3"], "stages.prune.mlp_raito: there is no such setting; did you mean 'mlp_ratio'?"),
         (["recipe=mine.yaml", "mode=plam"], "mode: 'plam' does not fit; input should be 'run', 'plan', 'gc' or 'check'"),
         (["recipe=mine.yaml", "oops"], "oops: this is not `key=value`; quote values that hold spaces, commas or brackets"),
-        (["recipe=mine.yaml", "target=a100"], "target: there is no 'a100'; did you mean 'a100_80gb'?"),
+        pytest.param(["recipe=mine.yaml", "target=a100"], "target: there is no 'a100'; did you mean 'a100_80gb'?", marks=slow),
         (
             ["recipe=mine.yaml", "convert=never", "order=[quantize,prune]"],
             "order: prune needs a dense checkpoint and quantize.model is quantized",
@@ -49,9 +51,13 @@ def test_several_mistakes_are_told_at_once(run: Run, folder: Path) -> None:
     ("setting", "sentence"),
     [
         ("stages.prune.mlp_ratio=1.5", "stages.prune.mlp_ratio: 1.5 does not fit; input should be less than 1"),
-        ("stages.prune.mlp_ratio=-0.1", "stages.prune.mlp_ratio: -0.1 does not fit; input should be greater than or equal to 0"),
+        pytest.param(
+            "stages.prune.mlp_ratio=-0.1",
+            "stages.prune.mlp_ratio: -0.1 does not fit; input should be greater than or equal to 0",
+            marks=slow,
+        ),
         ("stages.quantize.group_size=96", "stages.quantize.group_size: 96 does not divide"),
-        ("stages.quantize.num_bits=5", "stages.quantize.num_bits: 5 does not fit; input should be 2, 3, 4 or 8"),
+        pytest.param("stages.quantize.num_bits=5", "stages.quantize.num_bits: 5 does not fit; input should be 2, 3, 4 or 8", marks=slow),
     ],
 )
 def test_a_value_out_of_range_is_named_by_its_field(run: Run, setting: str, sentence: str) -> None:
@@ -85,10 +91,10 @@ def test_a_checkpoint_that_is_missing_truncated_or_pickled_is_named(run: Run, fo
         "hydra: {launcher: {_target_: os.system}}",
         "stages: {prune: {_target_: os.system}}",
         "export_to: ${oc.env:SECRET}",
-        "export_to: ${oc.decode:'${oc.env:SECRET}'}",
-        "serve: {context: '${oc.env:SECRET}'}",
+        pytest.param("export_to: ${oc.decode:'${oc.env:SECRET}'}", marks=slow),
+        pytest.param("serve: {context: '${oc.env:SECRET}'}", marks=slow),
         "mode: gc",
-        "outputs: /somewhere/else",
+        pytest.param("outputs: /somewhere/else", marks=slow),
         "tracking: {uri: 'http://127.0.0.1:1'}",
     ],
 )
@@ -154,12 +160,12 @@ def test_gc_touches_nothing_that_llmpress_did_not_make(run: Run, folder: Path) -
     ("arguments", "sentence"),
     [
         (["export_to=mine.yaml"], "export_to: "),
-        (["order=[evaluate]", "export_to=new"], "export_to: the recipe makes no model"),
-        (["export_to=mine.yaml/model"], "export_to: "),
-        (["export_to=${"], "export_to=${"),
+        pytest.param(["order=[evaluate]", "export_to=new"], "export_to: the recipe makes no model", marks=slow),
+        pytest.param(["export_to=mine.yaml/model"], "export_to: ", marks=slow),
+        pytest.param(["export_to=${"], "export_to=${", marks=slow),
         (["model.path='~nosuchuser/x'"], "model: ~nosuchuser/x: there is no such user"),
-        (["stages.quantize.ignore=['re:(']"], "stages.quantize.ignore: "),
-        (["stages.quantize.execution.memory_limit=-1"], "stages.quantize.execution.memory_limit: -1 does not fit"),
+        pytest.param(["stages.quantize.ignore=['re:(']"], "stages.quantize.ignore: ", marks=slow),
+        pytest.param(["stages.quantize.execution.memory_limit=-1"], "stages.quantize.execution.memory_limit: -1 does not fit", marks=slow),
         (["+stages.quantize.inputs.model=model.tpyo"], "stages.quantize.inputs.model: there is no 'model.tpyo' before it"),
         (["tracking.uri=postgresql://me:hunter2@host/db"], "tracking.uri: it holds a password or token"),
         (["data.splits.eval=data/calibration.txt", "stages.prune.importance=activation"], "data.splits: "),

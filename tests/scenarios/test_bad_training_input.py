@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.conftest import Outcome, Run
+from tests.scenarios.conftest import UNTRACKED, Outcome, Run
 from tests.stages.models import TEXT
 
 
@@ -67,7 +67,7 @@ def test_a_split_that_is_missing_or_empty_is_named(training: Run, folder: Path) 
 
 def test_a_text_that_is_too_short_for_its_windows_is_found_when_it_is_read(training: Run, folder: Path) -> None:
     (folder / "data" / "train.txt").write_text("word " * 60)  # bytes enough for 8 windows of 32, tokens not
-    (error,) = told(training(), 4)
+    (error,) = told(training(UNTRACKED), 4)
     assert "windows of 32 tokens" in error and "8 were asked for" in error
 
 
@@ -89,7 +89,9 @@ def test_a_static_cache_stands_after_what_changes_weights(training: Run) -> None
 
 
 def test_a_training_that_diverges_is_one_sentence_and_what_was_done_before_stays(training: Run, folder: Path) -> None:
-    (error,) = told(training("order=[prune,distill]", "stages.distill.learning_rate=1e30", "stages.distill.compute_dtype=fp32"), 4)
+    (error,) = told(
+        training(UNTRACKED, "order=[prune,distill]", "stages.distill.learning_rate=1e30", "stages.distill.compute_dtype=fp32"), 4
+    )
     assert error.startswith("distill: the training diverged at update") and "lower learning_rate" in error
     assert [path.name.rpartition("-")[0] for path in (folder / "outputs" / "store").iterdir()] == ["structured_prune"]
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.gguf_file import read_gguf
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 from tests.stages.models import make_checkpoint
 
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
@@ -64,7 +64,8 @@ def test_f16_needs_no_llama_cpp_and_says_that_it_was_not_opened(run: Run, recipe
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['llama_cpp'] = None\n")
     root = Path(__file__).parents[2]
-    done = run(recipe, "order=[gguf]", "stages.gguf.format=F16", "export_to=handed_out", env={"PYTHONPATH": f"{folder / 'site'}:{root}"})
+    path = {"PYTHONPATH": f"{folder / 'site'}:{root}"}
+    done = run(recipe, "order=[gguf]", "stages.gguf.format=F16", "export_to=handed_out", UNTRACKED, env=path)
     assert done.code == 0, done.err
     assert "not opened by llama.cpp: llama-cpp-python is not installed" in done.err + done.out
     made = folder / "handed_out"

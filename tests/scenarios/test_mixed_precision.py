@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.headers import tensor_table
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
 BUDGET = "stages.quantize.mixed_precision.budget_bits"
 
@@ -43,7 +43,7 @@ def test_a_budget_of_bits_is_planned_measured_and_kept(run: Run, folder: Path, m
     assert plan.code == 0 and all(node["bound"] for node in before.values()), plan.err
     assert "sizes are the most that the budget allows" in " ".join(before["quantize"]["notes"])
 
-    done = run("recipe=mixed.yaml", "tracking.enabled=false")
+    done = run("recipe=mixed.yaml", UNTRACKED)
     assert done.code == 0, done.err
     assert "planned  bytes exact" in done.out and "of 4.5 bits per weight: qkv_proj " in done.out
     (file,) = (folder / "outputs" / "runs").glob("*/*/report.json")

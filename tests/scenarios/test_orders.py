@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
-ORDERS = ("recipe=mine.yaml", "hydra/sweeper=orders", "tracking.enabled=false")
+ORDERS = ("recipe=mine.yaml", "hydra/sweeper=orders", UNTRACKED)
 REASON = "order: prune needs a dense checkpoint and quantize.model is quantized"
 
 
@@ -81,5 +81,5 @@ def test_a_failed_job_leaves_the_others_alone_and_the_sweep_says_so_at_the_end(r
 
 
 def test_a_job_returns_the_objectives_and_an_unknown_one_is_told(run: Run) -> None:
-    outcome = run("recipe=mine.yaml", "order=[quantize]", "tracking.enabled=false", "objectives=[nbytes,perplexty]")
+    outcome = run("recipe=mine.yaml", "order=[quantize]", UNTRACKED, "objectives=[nbytes,perplexty]")
     assert outcome.code == 2 and outcome.errors[0].startswith("error: objectives: the run has no metric 'perplexty'")

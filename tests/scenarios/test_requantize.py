@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
 
 def final(folder: Path, order: str) -> Path:
@@ -26,7 +26,7 @@ def form(model: Path) -> dict[str, tuple[list[int], str]]:
 def test_an_order_that_quantizes_first_leaves_the_form_of_one_that_quantizes_last(run: Run, folder: Path) -> None:
     orders = ("prune,quantize", "quantize,prune")
     for order in orders:
-        done = run("recipe=mine.yaml", f"order=[{order}]", "requantize=true", "stages.quantize.num_bits=3", "tracking.enabled=false")
+        done = run("recipe=mine.yaml", f"order=[{order}]", "requantize=true", "stages.quantize.num_bits=3", UNTRACKED)
         assert done.code == 0, done.err
     assert "\nrequantize " in done.out
     last, first = (final(folder, order) for order in orders)

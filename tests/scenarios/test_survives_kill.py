@@ -16,16 +16,16 @@ PUBLISHING_CALLS = 8  # fsync, chmod and rename, for an artifact of one file
 
 
 def result_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
 def wait_for_workers(bench: Bench, count: int = 1) -> None:
-    toys.wait_until(lambda: len(bench.pids()) >= count, 90)
+    toys.wait_until(lambda: len(bench.pids()) >= count)
 
 
 def nobody_is_left(bench: Bench) -> None:
-    toys.wait_until(lambda: not any(map(toys.is_alive, bench.pids())), 10)
+    toys.wait_until(lambda: not any(map(toys.is_alive, bench.pids())))
 
 
 @pytest.mark.parametrize("call", range(1, PUBLISHING_CALLS + 1))
@@ -60,6 +60,17 @@ def test_ctrl_c_ends_the_stage_and_the_same_command_continues(spawn_bench: Bench
     assert spawn_bench.run(toy={})[0].status == "hit"
 
 
+def test_a_run_in_the_background_is_not_ended_by_a_ctrl_c_meant_for_another(spawn_bench: Bench) -> None:
+    """A shell without job control, and nohup in it, start with SIGINT ignored; SIGTERM still ends such a run, as above."""
+    background = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    process = spawn_bench.drive(background, stages={"toy": {"action": "slow", "witness": str(spawn_bench.witness)}})
+    wait_for_workers(spawn_bench)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, err = result_of(process)
+    assert code == 0, err
+    assert json.loads(out)["statuses"] == ["ran"]
+
+
 @pytest.mark.parametrize("spawn", [True, False])
 def test_no_worker_outlives_a_killed_run_even_while_it_holds_the_gil(spawn_bench: Bench, spawn: bool) -> None:
     process = spawn_bench.drive(stages={"toy": {"action": "hold_gil", "witness": str(spawn_bench.witness)}}, spawn=spawn)
@@ -70,7 +81,7 @@ def test_no_worker_outlives_a_killed_run_even_while_it_holds_the_gil(spawn_bench
     process.kill()
     process.communicate()
     nobody_is_left(spawn_bench)
-    toys.wait_until(lambda: not toys.is_alive(parent), 10)
+    toys.wait_until(lambda: not toys.is_alive(parent))
     assert not list(spawn_bench.store.all())
 
 

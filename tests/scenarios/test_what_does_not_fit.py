@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.scenarios.conftest import Run
+from tests.scenarios.conftest import UNTRACKED, Run
 
 CARD = ["target.name=card", "target.gpus=1", "target.memory=1800MiB"]  # of which a gibibyte is kept for CUDA
 
@@ -41,11 +41,11 @@ def test_a_plan_for_a_gpu_is_not_silently_run_on_a_processor(run: Run, folder: P
         "processor: +target@compute=host"
     ]
     assert not (folder / "outputs" / "store").exists()
-    assert run("recipe=mine.yaml", "target=a100_80gb", "+target@compute=host").code == 0
+    assert run("recipe=mine.yaml", "target=a100_80gb", "+target@compute=host", UNTRACKED).code == 0
 
 
 def test_who_knows_better_is_warned_and_obeyed(run: Run, folder: Path) -> None:
-    outcome = run("recipe=mine.yaml", "fit=warn", "+serve={context:64,batch:1000000}", "target.name=tiny", "target.ram=4GiB")
+    outcome = run("recipe=mine.yaml", UNTRACKED, "fit=warn", "+serve={context:64,batch:1000000}", "target.name=tiny", "target.ram=4GiB")
     assert outcome.code == 0
     assert "warning: serve: 1000000 x 64 tokens do not fit tiny" in outcome.err
     assert (folder / "outputs" / "store").exists()

@@ -82,7 +82,6 @@ def test_it_recovers_perplexity_that_pruning_cost(tmp_path: Path) -> None:
         "max_length": 128,
         "global_batch_size": 8,
         "learning_rate": 3e-3,
-        "compute_dtype": "bf16",
         "rank": 16,
     }
     made = tune(tmp_path / "tuned", pruned, train, events.append, {"micro_batch_size": 8}, **settings)

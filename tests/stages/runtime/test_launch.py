@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from stages.runtime import launch
 from stages.runtime.launch import Processes, read_config
 from stages.runtime.tensors import TensorReader
 from stages.runtime.training import update_batches
+from tests import toys
 from tests.stages.models import make_checkpoint, write_documents
 from tests.stages.processes import killed
 
@@ -109,6 +109,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, inputs: dict[str, Any
     assert two.metrics["train_loss"] == pytest.approx(one.metrics["train_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_weights_compute_in_bf16_as_whole_ones_do(tmp_path: Path, inputs: dict[str, Any], several: Callable[[str], str]) -> None:
     student = DenseCheckpoint(make_checkpoint(tmp_path / "bf16", num_hidden_layers=2))
     alone: list[dict[str, Any]] = []
@@ -120,6 +121,7 @@ def test_sharded_weights_compute_in_bf16_as_whole_ones_do(tmp_path: Path, inputs
     assert curves[1] == pytest.approx(curves[0], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_sharded_training_that_is_killed_continues_and_leaves_no_process(
     tmp_path: Path, inputs: dict[str, Any], several: Callable[[str], str]
 ) -> None:
@@ -133,10 +135,7 @@ def test_a_sharded_training_that_is_killed_continues_and_leaves_no_process(
             os.kill(os.getpid(), signal.SIGKILL)
 
     killed(lambda: distill(folder, inputs, die_at_the_third, config, compute_dtype="fp32"))
-    deadline = time.monotonic() + 5
-    while running := processes_of(folder):
-        assert time.monotonic() < deadline, running
-        time.sleep(0.05)
+    toys.wait_until(lambda: not processes_of(folder))
 
     events: list[dict[str, Any]] = []
     made = distill(folder, inputs, events.append, config, compute_dtype="fp32")

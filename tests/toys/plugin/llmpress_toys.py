@@ -83,7 +83,7 @@ class Toy(Stage):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _leave_child(self, ctx: Context) -> None:
-        self.bear_witness(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
+        self.bear_witness(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid)
 
     def _stop_with_child(self, ctx: Context) -> None:
         self._leave_child(ctx)
@@ -102,10 +102,10 @@ class Toy(Stage):
         assert (numpy.ones((300, 300)) @ numpy.ones((300, 300)))[0, 0] == 300  # OpenBLAS's pool
 
     def _stop(self, ctx: Context) -> None:
-        time.sleep(60)
+        time.sleep(3600)
 
     def _hold_gil(self, ctx: Context) -> None:
-        ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the GIL during the call, as some extensions do
+        ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the GIL during the call, as some extensions do
 
     def _slow(self, ctx: Context) -> None:
         for done in range(1000):
