@@ -8,6 +8,7 @@ Types are nominal and few, and legal order is their subtype relation:
              > Dataset
              > TeacherLogits    what a teacher said of a text
              > Sensitivity      what rounding each part of a checkpoint costs
+             > HiddenStates     what a checkpoint computes of a text, below its output embedding
              > EvalReport       how good a checkpoint is
              > Benchmark        how fast one is, and how much memory it takes, on one machine
 
@@ -99,6 +100,7 @@ class Artifact:
     key: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     port: ClassVar[str] = "artifact"  # what its output is called in references such as `prune.model`
+    derived: ClassVar[bool] = False  # it only spares its readers work on their other inputs: no part of their keys, removed by any gc
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,14 @@ class Sensitivity(Artifact):
 
 
 @dataclass(frozen=True)
+class HiddenStates(Artifact):
+    """A model's final hidden states over a text (stages/runtime/states_layout.py), read in place of the forward pass."""
+
+    port: ClassVar[str] = "states"
+    derived: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class EvalReport(Artifact):
     """`report.json`: quality of one checkpoint, with per-document losses so that two reports can be paired."""
 
@@ -227,12 +237,13 @@ class Verdict(Artifact):
 
 
 MODELS = (Checkpoint, Export)  # what a pipeline is for
-MEASUREMENTS = (EvalReport, Benchmark, Verdict)  # they say something of a model and make none
+MEASUREMENTS = (HiddenStates, EvalReport, Benchmark, Verdict)  # they say something of a model and make none
 
 TYPES: dict[str, type[Artifact]] = {
     cls.__name__: cls
     for cls in (Artifact, *MODELS, DenseCheckpoint, QuantizedCheckpoint, Adapter, Dataset, TeacherLogits, Sensitivity, *MEASUREMENTS)
 }
+DERIVED = frozenset(name for name, cls in TYPES.items() if cls.derived)  # whose nodes a plan may do without at any time
 
 
 def sha256_file(file: Path) -> str:

@@ -1,8 +1,9 @@
-"""What is known of an artifact before it is made, of all that are not models: texts, adapters, stored logits, measured sensitivities."""
+"""What is known of an artifact before it is made, of all that are not models: texts, adapters, stored logits and hidden states, measured
+sensitivities."""
 
 from typing import Literal
 
-from pipeline.layout import Frozen
+from pipeline.layout import DType, Frozen
 from pipeline.spec import ModelSpec
 
 FileFormat = Literal["jsonl", "txt", "parquet", "folder"]
@@ -48,6 +49,15 @@ class LogitsSpec(Frozen):
     nbytes: int
 
 
+class StatesSpec(Frozen):
+    """A model's final hidden states at every token of a text that is scored. `nbytes` is the most that they take: how many tokens the
+    text has is known when it is read."""
+
+    hidden_size: int
+    dtype: DType
+    nbytes: int
+
+
 class SensitivitySpec(Frozen):
     """What rounding each unit of a model costs, at each of `choices` bits and in groups of `group_size`; a unit is one module, or `fused`
     those that engines compute in one product.
@@ -64,4 +74,4 @@ class SensitivitySpec(Frozen):
     divergence: tuple[tuple[float, ...], ...] | None = None
 
 
-Spec = ModelSpec | DatasetSpec | AdapterSpec | LogitsSpec | SensitivitySpec | None
+Spec = ModelSpec | DatasetSpec | AdapterSpec | LogitsSpec | StatesSpec | SensitivitySpec | None

@@ -1,7 +1,8 @@
 """`mode=gc`: remove what no run uses.
 
 Every run folder's `plan.json` pins the artifacts of its nodes, and its `model` link the final one. So disk is freed in two moves a
-person understands: delete the run folders you no longer want (`outputs/runs/<recipe>/<digest>`), then `run mode=gc`. Only folders
+person understands: delete the run folders you no longer want (`outputs/runs/<recipe>/<digest>`), then `run mode=gc`. Nothing pins what
+only spares others work, stored hidden states: a run that is finished does without, and another one makes them again. Only folders
 that are named as the store names them are touched, only below a folder that llmpress made, and only while no run is going on.
 """
 
@@ -15,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifact import DERIVED
 from pipeline.envs import current_folders
 from pipeline.errors import StoreError
 from pipeline.store import MARKER, SHORT, Store
@@ -66,11 +68,12 @@ def collect(store: Store) -> Collected:
 
 
 def pinned_keys(root: Path) -> set[str]:
-    """Short keys of every node of every run's plan, and of what its `model` points to."""
+    """Short keys of every node of every run's plan but what is derived, and of what its `model` points to."""
     pinned = set()
     for file in sorted(root.glob("runs/*/*/plan.json")):
         try:
-            pinned |= {node["key"][:SHORT] for node in json.loads(file.read_text())["nodes"]}
+            nodes = json.loads(file.read_text())["nodes"]
+            pinned |= {node["key"][:SHORT] for node in nodes if not {output["type"] for output in node["outputs"].values()} <= DERIVED}
         except (OSError, ValueError, KeyError, TypeError):
             raise StoreError(
                 f"{file} is not readable, so what its run uses is unknown; delete that run's folder or restore the file"

@@ -2,6 +2,9 @@
 
     find_hit -> lock the key -> find_hit again -> scratch -> worker -> manifest -> publish
 
+What only spares others work (`Artifact.derived`) is read byte by byte before it is taken, and made again where it is damaged: that costs
+little beside what it spares.
+
 Everything that happens is told to `listeners` as plain dicts with "event", "time" and, where one is concerned, "node":
     run_started    run_dir, nodes: [{node, stage, status}]       run_finished   status, seconds, hits, ran
     node_started   key                                           waiting        key: another run is computing it
@@ -177,7 +180,8 @@ class _Run:
             raise GateFailed(node.name, f"{verdict.sentence}; the model is kept, and gates[...].on_fail=warn would go on")
 
     def _find(self, node: PlannedNode) -> Manifest | None:
-        return self.store.find_hit(node.stage.name, node.key, self._digests(node))
+        found = self.store.find_hit(node.stage.name, node.key, self._digests(node))
+        return None if found and node.is_derived and self.store.damage(node.stage.name, node.key) else found
 
     def _digests(self, node: PlannedNode) -> dict[str, str]:
         return digests_read(node.input_keys, {port: self.manifests.get(ref.node) for port, ref in node.inputs.items()})
@@ -195,11 +199,15 @@ class _Run:
             manifest = self._find(node)
             if manifest is not None:
                 return manifest, True
+            damage = self.store.damage(node.stage.name, node.key) if node.is_derived else ""
+            if damage:
+                self.store.remove(node.stage.name, node.key)
             self._check_disk(node)
             self.announce("node_started", node.name, key=node.key)
             attempt = Attempt(self.store, node.stage, node.key)
+            said = (f"computed again, because what the store held is damaged: {damage}",) if damage else ()
             try:
-                manifest = self._compute(node, attempt)
+                manifest = self._compute(node, attempt, said)
                 self.store.publish(attempt.folder, manifest)
             except BaseException:
                 if not node.stage.resumes:
@@ -216,8 +224,8 @@ class _Run:
                 "(`run mode=gc` removes what no run uses) or choose another folder with `outputs=...`"
             )
 
-    def _compute(self, node: PlannedNode, attempt: Attempt) -> Manifest:
-        """Run the stage in a worker. Returns the manifest of what it left in the attempt's folder."""
+    def _compute(self, node: PlannedNode, attempt: Attempt, said: Sequence[str] = ()) -> Manifest:
+        """Run the stage in a worker. Returns the manifest of what it left in the attempt's folder; `said` is noted in it."""
         assert self.server
         notes: list[str] = []
 
@@ -228,8 +236,8 @@ class _Run:
                 attempt.resumed()
             self.announce.send({"node": node.name, **event})
 
-        if attempt.note:
-            emit({"event": "note", "time": time.time(), "text": attempt.note})
+        for sentence in filter(None, (attempt.note, *said)):
+            emit({"event": "note", "time": time.time(), "text": sentence})
 
         folder = self.run_dir / "logs" / node.name
         made = run_job(
@@ -243,9 +251,9 @@ class _Run:
 
     def _request(self, node: PlannedNode, scratch: Path) -> Request:
         inputs: dict[str, InputArtifact | None] = dict.fromkeys(input_ports(type(node.stage)))
-        for port, ref in node.inputs.items():
-            given = self.artifacts[ref]
-            inputs[port] = InputArtifact(type=type(given).__name__, path=given.path.absolute(), key=node.input_keys[port], spec=given.spec)
+        for port, ref in (*node.inputs.items(), *node.derived.items()):
+            given, key = self.artifacts[ref], node.input_keys.get(port, self.artifacts[ref].key)
+            inputs[port] = InputArtifact(type=type(given).__name__, path=given.path.absolute(), key=key, spec=given.spec)
         return Request(
             node=node.name,
             stage=node.stage.name,

@@ -1,7 +1,7 @@
 """A recipe as a graph: nodes, each one execution of a stage, and the outputs that feed them. Built by pipeline/wiring.py."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.artifact import Artifact
 from pipeline.recipe import SOURCES
@@ -27,12 +27,14 @@ SOURCE_MODEL = Ref("model", "model")
 
 @dataclass(frozen=True)
 class Node:
-    """One execution of a stage in the graph. `why` says how a node came in that the recipe's order does not name."""
+    """One execution of a stage in the graph. `why` says how a node came in that the recipe's order does not name. `derived` spares it
+    work on its inputs, and changes nothing of what it makes (pipeline/shared_passes.py)."""
 
     name: str
     stage: Stage
     inputs: Mapping[str, Ref]
     why: str = ""
+    derived: Mapping[str, Ref] = field(default_factory=dict)
 
 
 def worked_on(inputs: Mapping[str, Ref]) -> Ref | None:

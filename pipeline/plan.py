@@ -4,8 +4,8 @@ A plan needs no weights, no torch and well under a second. The executor takes on
 `expected` is what the guard holds each finished artifact to.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from pipeline.recipe_digest import recipe_digest
 from pipeline.requantize import configured, left_dense
 from pipeline.roofline import Work, dollars, seconds
 from pipeline.served import Served, known_targets, senseless, served
+from pipeline.shared_passes import share_passes
 from pipeline.shortage import Shortage, lacking, shortage
 from pipeline.source import check_disjoint, open_model, open_split
 from pipeline.spec import ModelSpec
@@ -58,6 +59,12 @@ class PlannedNode:
     dollars: float | None = None  # None: neither time nor price may be missing
     shortage: Shortage | None = None  # why it cannot run on the recipe's machine
     bound: bool = False  # `expected` is the most that it can be, until something before it is measured (pipeline/bounds.py)
+    derived: Mapping[str, Ref] = field(default_factory=dict)  # what spares it work, by port; no part of its key
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it only spares others work: it is in a plan where one of them is to run."""
+        return all(kind.derived for kind in self.types.values())
 
 
 @dataclass(frozen=True)
@@ -160,13 +167,14 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
         problems += error.problems
     sources |= {Ref("data", split): dataset for split, dataset in splits.items()}
     evaluation = _Evaluation(recipe, store, sources, problems, resources)
-    nodes = tuple(planned for node in graph.nodes if (planned := evaluation.node(node, graph)))
+    nodes = [planned for node in graph.nodes if (planned := evaluation.node(node, graph))]
     if problems:
         source = models.get(SOURCE_MODEL)
         raise RecipeError(problems + (senseless(source.model_spec, recipe) if source else []))
     if execute:
         memo.save()
-    plan = Plan(recipe, graph, recipe_digest(recipe, sources), nodes, sources)
+    graph, nodes = evaluation.without_repeated_passes(graph, nodes)
+    plan = Plan(recipe, graph, recipe_digest(recipe, sources), tuple(nodes), sources)
     environments = Environments(store.root).planned((node.name, node.stage.env) for node in nodes)
     return replace(plan, served=served(plan.final_spec, recipe, resources), environments=environments)
 
@@ -231,11 +239,6 @@ class _Evaluation:
             self.specs |= {Ref(node.name, port): spec for port, spec in expected.items()}
         self.bounds |= {Ref(node.name, port) for port in ports} if bound else set()
         inserted = (f"inserted: {node.why}",) if node.why else ()
-        machine, work = self.recipe.machine, node.stage.work(**specs)
-        slow = slow_sentences(node.stage.compute_dtype, machine, node.stage.on_gpu(machine))
-        memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
-        short = shortage(node.name, node.stage, specs, machine, others) if lacking(memory, machine) else None
-        lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
         return PlannedNode(
             name=node.name,
             stage=node.stage,
@@ -244,16 +247,46 @@ class _Evaluation:
             key=key,
             types=types,
             expected=expected,
-            memory=memory,
             status=status,
             reason=reason,
-            notes=(*inserted, *left_dense(node, graph), *node.stage.explain(**specs), *slow),
-            work=work,
-            seconds=lasts,
-            dollars=dollars(lasts, machine),
-            shortage=short,
+            notes=(*inserted, *left_dense(node, graph), *node.stage.explain(**specs), *self._slow(node)),
             bound=bound,
+            **self._costs(node),
         )
+
+    def _costs(self, node: Node) -> dict[str, Any]:
+        """What a node needs and takes, with what spares it work: fields of its PlannedNode."""
+        specs: dict[str, Any] = {port: self.specs[ref] for port, ref in (*node.inputs.items(), *node.derived.items())}
+        machine, work = self.recipe.machine, node.stage.work(**specs)
+        memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
+        lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
+        return {
+            "memory": memory,
+            "work": work,
+            "seconds": lasts,
+            "dollars": dollars(lasts, machine),
+            "shortage": shortage(node.name, node.stage, specs, machine, others) if lacking(memory, machine) else None,
+        }
+
+    def _slow(self, node: Node) -> list[str]:
+        """What its dtype costs on the recipe's machine."""
+        return slow_sentences(node.stage.compute_dtype, self.recipe.machine, node.stage.on_gpu(self.recipe.machine))
+
+    def without_repeated_passes(self, graph: Graph, nodes: Sequence[PlannedNode]) -> tuple[Graph, list[PlannedNode]]:
+        """The graph, and its nodes planned, in which what several nodes would compute of one text is a node of its own."""
+        planned = {node.name: node for node in nodes}
+        shared = share_passes(graph, self.specs, {node.name for node in nodes if node.status != "hit"})
+        found: list[PlannedNode] = []
+        for node in shared.nodes:
+            if node.name not in planned:
+                inserted = self.node(node, shared)
+                assert inserted is not None, "what makes a pass can make it, so a stage can store it"
+                found.append(inserted)
+            elif node.derived:
+                found.append(replace(planned[node.name], derived=node.derived, **self._costs(node)))
+            else:
+                found.append(planned[node.name])
+        return shared, found
 
     def _check_scales(self, node: Node, expected: Mapping[str, Spec]) -> None:
         """Scales of a static cache are those of the weights they were calibrated with."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact_spec import AdapterSpec, LogitsSpec, Spec
+from pipeline.artifact_spec import AdapterSpec, LogitsSpec, Spec, StatesSpec
 from pipeline.plan import Plan, PlannedNode
 from pipeline.roofline import UTILISATION
 from pipeline.spec import ModelSpec
@@ -48,6 +48,7 @@ def _node_json(node: PlannedNode) -> dict[str, Any]:
         "notes": list(node.notes),
         "params": node.stage.params.model_dump(mode="json"),
         "inputs": {port: str(ref) for port, ref in node.inputs.items()},
+        "derived": {port: str(ref) for port, ref in node.derived.items()},
         "bound": node.bound,
         "outputs": {port: {"type": kind.__name__, **_facts(node.expected[port])} for port, kind in node.types.items()},
         "memory": node.memory.model_dump(),
@@ -63,7 +64,9 @@ def _facts(spec: Spec) -> dict[str, Any]:
         return _model_facts(spec)
     if isinstance(spec, AdapterSpec):
         return {"bytes": spec.nbytes, "parameters": spec.num_parameters, "rank": spec.rank}
-    return {"bytes": spec.nbytes, **spec.model_dump(exclude={"nbytes", "data"})} if isinstance(spec, LogitsSpec) else {}
+    if isinstance(spec, LogitsSpec | StatesSpec):
+        return {"bytes": spec.nbytes, **spec.model_dump(exclude={"nbytes", "data"})}
+    return {}
 
 
 def _model_facts(spec: ModelSpec) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class Attempt:
         """The light run of a stage under its pipeline."""
         node = self.header["nodes"][event["node"]]
         name, _, suffix = event["node"].partition("@")
-        label = f"{node['number']} {name} (source model)" if suffix == "source" else f"{node['number']} {event['node']}"
+        label = f"{name} (source model)" if suffix == "source" else event["node"]
+        label = f"{node['number']} {label}" if node["number"] else label
         run = self.to.run(self.to.pipelines, {"mlflow.parentRunId": self.pipeline, "llmpress.node": event["node"]}, label, event["time"])
         tags = {"llmpress.kind": "stage", "llmpress.status": status, "llmpress.stage": node["stage"]}
         tags |= {f"llmpress.{field}": event[field] for field in ("key", "path", "reason") if event.get(field)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import Benchmark, EvalReport, Verdict
+from pipeline.artifact import DERIVED, Benchmark, EvalReport, Verdict
 from pipeline.comparison import COLUMNS as COMPARED
 from pipeline.comparison import comparison, comparison_rows
 from pipeline.evidence import PROBE
@@ -73,19 +73,21 @@ def _rows(report: Report) -> Iterator[Row]:
             label = f"{stage.name} (of {stage.measures.removesuffix('.model')})" if stage.measures else stage.name
             size = {} if stage.type in (Benchmark.__name__, EvalReport.__name__) else _sizes(_facts(stage))
             yield {"stage": label, **_time(stage), **size, **_quality(stage)}
+    stored = [stage for stage in report.stages if stage.type in DERIVED and _told_elsewhere(stage, judges)]
     scored = [stage for stage in report.stages if stage.measures and stage not in judges and _told_elsewhere(stage, judges)]
-    summed = [judge for judge in judges[1:] if judge] + scored
+    summed = [*(judge for judge in judges[1:] if judge), *stored, *scored]
     if summed:
         ran = [stage.seconds or 0.0 for stage in summed if stage.status == "ran"]
         yield {"stage": "evaluation", "time": format_seconds(sum(ran)) if ran else "hit"}
 
 
 def _told_elsewhere(stage: StageReport, judges: Sequence[StageReport | None]) -> bool:
-    """A verdict has a line of its own, scores of tasks a table, a data check its notes, and a probe says less than the model's judge."""
+    """A verdict has a line of its own, scores of tasks a table, a data check its notes, and a probe says less than the model's judge.
+    Stored hidden states are part of the evaluations that read them."""
     if stage.status not in ("hit", "ran"):
         return False
     probe = stage.name.startswith(f"{PROBE}@") and any(judge and judge.measures == stage.measures for judge in judges)
-    if stage.type == Verdict.__name__ or stage.stage == "data_check":
+    if stage.type == Verdict.__name__ or stage.type in DERIVED or stage.stage == "data_check":
         return True
     return stage.measures is not None and ("perplexity" not in stage.metrics or probe)
 

@@ -51,6 +51,7 @@ BUILT_IN = {
     "kv_cache": "stages.kv_cache:KVCache",
     "dequantize": "stages.dequantize:Dequantize",
     "gguf": "stages.gguf:GGUF",
+    "hidden_states": "stages.hidden_states:StoreHiddenStates",
     "evaluate": "stages.evaluate:Evaluate",
     "data_check": "stages.data_check:DataCheck",
     "lm_eval": "stages.lm_eval:LMEval",
@@ -71,11 +72,31 @@ class Port:
     optional: bool = False
     follows: str | None = None
 
+    @property
+    def derived(self) -> bool:
+        """Whether what comes in follows from the other inputs: the plan wires it where it spares work, and no recipe names it."""
+        return all(kind.derived for kind in self.accepts)
+
     def takes(self, kind: type[Artifact]) -> bool:
         return issubclass(kind, self.accepts)
 
     def __str__(self) -> str:
         return " | ".join(kind.__name__ for kind in self.accepts)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass that a stage makes over a text, and the stage whose stored result would bring it in its place.
+
+    `inputs` are the storing stage's ports, each with the port of the one that makes the pass. A pass of `plain` weights is made with the
+    ordinary KV cache, whatever cache the model asks for.
+    """
+
+    stage: str
+    params: Mapping[str, Any]
+    execution: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +177,13 @@ class Stage(ABC):
         """What it computes and moves, from the inputs' specs (by port), for the plan's hours. None: not known."""
         return None
 
+    def passes(self, *args: Any, **specs: Any) -> Mapping[str, Pass]:
+        """The forward passes that it makes and need not, from the inputs' specs (by port), by the derived port that each would come in by.
+
+        What several stages of a plan have in common is computed once, where it saves that (pipeline/shared_passes.py).
+        """
+        return {}
+
     def measures(self) -> tuple[str, ...]:
         """Metrics that a gate may ask its report for, as names or patterns such as `next_line/*`."""
         return ()
@@ -226,8 +254,8 @@ class Stage(ABC):
         return []
 
     def inputs(self) -> dict[str, Port]:
-        """The input ports that these parameters use, in the order of `run`'s signature."""
-        return {name: port for name, port in input_ports(type(self)).items() if name not in self.unused()}
+        """The input ports that these parameters use, in the order of `run`'s signature; none that the plan alone fills."""
+        return {name: port for name, port in input_ports(type(self)).items() if name not in self.unused() and not port.derived}
 
     def outputs(self) -> dict[str, Port]:
         return {name: port for name, port in output_ports(type(self)).items() if name not in self.unmade()}

@@ -62,6 +62,28 @@ class Store:
         found = self.find(stage, key)
         return found if found and (not found.read or found.read == dict(read)) else None
 
+    def damage(self, stage: str, key: str) -> str:
+        """What is wrong with what stands in the place of that key, every byte read; empty where it is whole, or nothing is there."""
+        folder = self.path(stage, key)
+        if not folder.exists():
+            return ""
+        manifest = read_manifest(folder)
+        if manifest is None or manifest.key != key:
+            return f"{MANIFEST} is not that of the key"
+        for name, record in manifest.files.items():
+            try:
+                if (nbytes := (folder / name).stat().st_size) != record.nbytes:
+                    return f"{name} has {nbytes:,} bytes instead of {record.nbytes:,}"
+                if sha256_file(folder / name) != record.sha256:
+                    return f"{name} is not what was stored"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+        return ""
+
+    def remove(self, stage: str, key: str) -> None:
+        """What stands in the place of that key, which the caller has locked."""
+        shutil.rmtree(self.path(stage, key), ignore_errors=True)
+
     def all(self, stage: str = "*") -> Iterator[tuple[Path, Manifest]]:
         """Every valid artifact, or those of one stage, in order of folder name."""
         for folder in sorted((self.root / "store").glob(f"{stage}-*")):

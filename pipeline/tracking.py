@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.artifact import MEASUREMENTS, Manifest
+from pipeline.artifact import DERIVED, MEASUREMENTS, Manifest
 from pipeline.identity import digest, non_default
 from pipeline.plan import Plan, PlannedNode
 from pipeline.process import package_path
@@ -136,7 +136,7 @@ class Tracker:
 
     def _state(self, report: Report) -> str:
         """Digest of what MLflow would hold of this run when every stage is a hit, and of where."""
-        keys = {stage.name: stage.key for stage in report.stages}
+        keys = {stage.name: stage.key for stage in report.stages if stage.type not in DERIVED}
         return digest("tracking", {"digest": report.digest, "keys": keys, "place": self.place, "sweep": self.sweep})
 
 
@@ -163,6 +163,7 @@ def _popen(command: list[str], uri: str, log: IO[bytes]) -> "subprocess.Popen[by
 
 def header(plan: Plan, run_dir: Path, place: Mapping[str, str], sweep: str) -> dict[str, Any]:
     """The spool's first line: everything about the pipeline that is known before it runs."""
+    numbers = {node.name: number for number, node in enumerate((node for node in plan.nodes if not node.is_derived), 1)}
     return {
         "event": "pipeline",
         "time": time.time(),
@@ -173,11 +174,12 @@ def header(plan: Plan, run_dir: Path, place: Mapping[str, str], sweep: str) -> d
         "sweep": sweep,
         "run_dir": str(run_dir.resolve()),
         "params": pipeline_params(plan),
-        "nodes": {node.name: _node_header(node, number) for number, node in enumerate(plan.nodes, 1)},
+        "nodes": {node.name: _node_header(node, numbers.get(node.name)) for node in plan.nodes},
     }
 
 
-def _node_header(node: PlannedNode, number: int) -> dict[str, Any]:
+def _node_header(node: PlannedNode, number: int | None) -> dict[str, Any]:
+    """What is derived has no number: it is not in every plan of the same recipe."""
     planned = {f"planned_peak_{place}": float(count) for place, count in node.memory.totals.items() if count}
     specs = [spec for spec in node.expected.values() if isinstance(spec, ModelSpec)]
     if specs:
@@ -200,7 +202,7 @@ def pipeline_params(plan: Plan) -> dict[str, Any]:
     params: dict[str, Any] = {"order": " > ".join(plan.recipe.order), "model": _model_name(plan.recipe.model)}
     for node in plan.nodes:
         name, _, suffix = node.name.partition("@")
-        if suffix != "source":
+        if suffix != "source" and not node.is_derived:
             params |= {f"{name}.stage": node.stage.name}
             params |= {f"{name}.{field}": value for field, value in node.stage.params.model_dump(mode="json").items()}
     return params

@@ -1,28 +1,28 @@
 """How good a checkpoint is, alone and beside the model it was made from. Speed and memory are another stage's matter."""
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import partial, reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, EvalReport, Export, tokenizer_digest
-from pipeline.artifact_spec import DatasetSpec
+from pipeline.artifact import Artifact, Checkpoint, Dataset, EvalReport, Export, HiddenStates, tokenizer_digest
+from pipeline.artifact_spec import DatasetSpec, StatesSpec
 from pipeline.compute_dtype import Computing
 from pipeline.headers import ITEM_BYTES
-from pipeline.roofline import Work
+from pipeline.roofline import Work, table_size
 from pipeline.spec import ModelSpec
-from pipeline.stage import HALVES, Context, Stage
+from pipeline.stage import HALVES, Context, Pass, Stage
 from pipeline.target import Memory, Target
+from stages.runtime.forwards import Forward, forward_memory, forward_work, has_plain_head, head_bytes, row_bytes
 from stages.runtime.layerwise_settings import LayerwiseExecution
-from stages.runtime.peak_memory import freed_activations, layer_bytes, peak, resident_memory, widest
-from stages.runtime.scheme import unpacking_memory
-from stages.runtime.stage_work import TOKEN_BYTES, forward_flops, reading, tokenizing
-from stages.runtime.windows import HIDDEN_STATES, LOGITS_BUFFERS, LOGITS_BUFFERS_ALONE, LOGITS_BYTES, batches, cut_windows
+from stages.runtime.peak_memory import peak
+from stages.runtime.stage_work import scored_tokens, tokenizing
+from stages.runtime.windows import HIDDEN_STATES, LOGITS_BUFFERS, LOGITS_BUFFERS_ALONE, LOGITS_BYTES, batches, cut_windows, scored
 
 if TYPE_CHECKING:
-    from stages.runtime.scoring import Scorer
+    from stages.runtime.scoring import Scorer, Stored
 
 METRICS = (
     "perplexity", "nll_per_token", "bits_per_byte", "kl_divergence", "kl_divergence_p99", "top1_agreement",
@@ -71,7 +71,7 @@ class Evaluate(Stage):
     params: Params
     execution: Execution
 
-    def infer(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> None:
+    def infer(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None, **stored: StatesSpec) -> None:
         if reference is not None and reference.architecture.vocab_size != model.architecture.vocab_size:
             raise ValueError(
                 f"reference has {reference.architecture.vocab_size} tokens in its vocabulary, the model {model.architecture.vocab_size}; "
@@ -90,71 +90,65 @@ class Evaluate(Stage):
     def window(self, model: ModelSpec) -> int:
         return min(self.params.max_length, model.architecture.max_position)
 
-    def memory(self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None = None) -> Memory:
+    def passes(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> Mapping[str, Pass]:
+        """Of checkpoints whose output embedding can be applied without the layers below it, on windows that fit into their positions."""
+        params = self.params.model_dump() | {"max_length": self.window(model)}
+
+        def stored(port: str, plain: bool = False) -> Pass:
+            return Pass("hidden_states", params, self.execution.model_dump(), {"model": port, "eval": "eval"}, plain)
+
+        found = {}
+        if has_plain_head(model):
+            found = {"states": stored("model")} | ({"plain_states": stored("model", plain=True)} if model.kv_cache.mode else {})
+        if reference and has_plain_head(reference) and self.window(model) <= reference.architecture.max_position:
+            found["reference_states"] = stored("reference")
+        return found
+
+    def memory(
+        self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None = None, **stored: StatesSpec
+    ) -> Memory:
         """The models compute one after the other, and then their logits are compared. Resident models keep their blocks for that."""
         if model.is_gguf:
-            return self._memory_beside_llama_cpp(model, eval, target, reference)
-        in_memory = self.params.in_memory
-        models = [("model", in_memory(model))] + ([("reference", in_memory(reference))] if reference else [])
-        held, items = self._weights(models, eval, self.on_gpu(target))
-        tokens, computing = self.execution.batch_size * self.window(model), [0]
-        for name, spec in models:
-            shape, item = spec.architecture, ITEM_BYTES[spec.dtype]
-            computing.append(tokens * widest(shape) * item)
-            if spec.kv_cache.mode:
-                layers = shape.num_layers if self.execution.mode == "resident" else 1
-                items[f"{name}, INT8 cache"] = tokens * spec.kv_cache.bytes_per_token * layers // shape.num_layers
-                computing[-1] += 2 * tokens * shape.num_kv_heads * shape.head_dim * (item + 4)  # one layer's, dequantized by way of fp32
-        activations = {"activations of one layer": max(computing)}
+            return self._memory_beside_llama_cpp(model, eval, target, reference, stored)
+        model = self.params.in_memory(model)
+        reference = self.params.in_memory(reference) if reference else None
+        on_gpu, tokens, resident = self.on_gpu(target), self.execution.batch_size * self.window(model), self.execution.mode == "resident"
+        held, items, phases = forward_memory(forwards(model, reference, stored), self.execution, self.window(model), eval, on_gpu)
+        for name, spec, port in (("model", model, "states"), ("reference", reference, "reference_states")):
+            if spec is not None and (port in stored or not resident):
+                items[f"{name}, output embedding"] = head_bytes(spec)
+        rows = sum(spec.hidden_size * ITEM_BYTES[spec.dtype] for spec in stored.values())
+        items |= {"stored hidden states of a batch": tokens * rows} if rows else {}
         buffers = LOGITS_BUFFERS if reference or model.kv_cache.mode else LOGITS_BUFFERS_ALONE
         logits = {"logits of a chunk of tokens": buffers * min(LOGITS_BYTES, 4 * tokens * model.architecture.vocab_size)}
-        if self.execution.mode == "resident":
-            items |= activations | logits
-        else:
-            layer = {"the largest decoder layer": max(layer_bytes(spec) for _, spec in models)}
-            unpacking = {"a weight being unpacked": max(unpacking_memory(spec) for _, spec in models)}
-            items["freed blocks that the allocator keeps"] = max(freed_activations(spec, tokens) for _, spec in models)
-            items |= peak(layer | activations, layer | unpacking, logits)
+        items |= reduce(or_, phases, logits) if resident else peak(*phases, logits)
         held["the dataset's text and token ids"] = 10 * eval.nbytes
-        return Memory(ram=held, vram=items) if self.on_gpu(target) else Memory(ram=held | items)
+        return Memory(ram=held, vram=items) if on_gpu else Memory(ram=held | items)
 
-    def _memory_beside_llama_cpp(self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None) -> Memory:
+    def _memory_beside_llama_cpp(
+        self, model: ModelSpec, eval: DatasetSpec, target: Target, reference: ModelSpec | None, stored: Mapping[str, StatesSpec]
+    ) -> Memory:
         """The file is mapped, and read whole. A reference computes first, and its logits are compared chunk by chunk."""
-        beside = self.memory(reference.with_cache(None), eval, target) if reference else Memory()
+        given: dict[str, Any] = {"states": stored["reference_states"]} if "reference_states" in stored else {}
+        beside = self.memory(reference.with_cache(None), eval, target, **given) if reference else Memory()
         ordinary = model.with_cache(None).kv_cache.bytes_per_token
         cache = ordinary + (model.kv_cache.bytes_per_token if model.kv_cache.mode else 0)
         logits = LOGITS_BUFFERS * min(LOGITS_BYTES, 4 * self.window(model) * model.architecture.vocab_size)
         items = {"the GGUF file, mapped": model.nbytes, "llama.cpp's KV cache": self.window(model) * cache, "logits": logits}
         return Memory(ram={f"reference: {name}": size for name, size in beside.ram.items()} | items, vram=beside.vram)
 
-    def work(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> Work:
-        """Documents are taken to be of one length, where only the first `max_documents` are read."""
-        views = [model] * (2 if model.kv_cache.mode else 1) + ([reference] if reference else [])
-        share = min(1.0, self.params.max_documents / eval.documents) if self.params.max_documents and eval.documents else 1.0
-        tokens, work = share * eval.nbytes / TOKEN_BYTES, tokenizing(eval)
-        for spec in views:
-            work += self.params.products(forward_flops(spec, tokens, self.window(spec)))
-        if self.execution.mode == "resident" or model.is_gguf:
-            return work + reading(model) + (reading(reference) if reference else Work())
-        token_bytes = len(views) * model.architecture.hidden_size * self.params.item
-        sweeps = math.ceil(tokens * token_bytes / (self.execution.hidden_states or HIDDEN_STATES))
-        for spec in views:
-            work += reading(spec, sweeps)
+    def work(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None, **stored: StatesSpec) -> Work:
+        """What is stored is read, and multiplied with the output embedding."""
+        tokens, work = scored_tokens(eval, self.params.max_documents), tokenizing(eval)
+        views = forwards(model, reference, stored)
+        for execution, by_llama_cpp in ((LayerwiseExecution(), True), (self.execution, False)):  # a GGUF file is read once
+            computed = [view for view in views if view.spec.is_gguf == by_llama_cpp]
+            work += forward_work(computed, self.params, execution, tokens, self.window(model))
+        for spec in [reference if port == "reference_states" else model for port in stored]:
+            assert spec is not None, "what is stored of a reference comes with one"
+            states = tokens * row_bytes(self.params.in_memory(spec))
+            work += self.params.products(2 * tokens * table_size(spec)) + Work(disk=states + head_bytes(spec))
         return work
-
-    def _weights(self, models: Sequence[tuple[str, ModelSpec]], eval: DatasetSpec, on_gpu: bool) -> tuple[dict[str, int], dict[str, int]]:
-        """What the models take, apart from their activations: always in RAM, and on the device that computes."""
-        if self.execution.mode == "resident":
-            parts = [resident_memory(name, spec, on_gpu) for name, spec in models]
-            return {k: v for ram, _ in parts for k, v in ram.items()}, {k: v for _, device in parts for k, v in device.items()}
-        items: dict[str, int] = {}
-        views = [*models, *(("ordinary cache", spec) for name, spec in models if name == "model" and spec.kv_cache.mode)]
-        states = 0
-        for name, spec in views:  # each has the output embedding until its logits are computed
-            row = spec.architecture.hidden_size * ITEM_BYTES[spec.dtype]
-            items[f"{name}, output embedding"] = spec.architecture.vocab_size * row
-            states += row * math.ceil(eval.nbytes / TOKEN_BYTES)
-        return {"hidden states of the text in flight": min(self.execution.hidden_states or HIDDEN_STATES, states)}, items
 
     def explain(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> list[str]:
         said = []
@@ -166,15 +160,35 @@ class Evaluate(Stage):
             )
         return said
 
-    def run(self, ctx: Context, model: Checkpoint | Export, eval: Dataset, reference: Checkpoint | None = None) -> EvalReport:
+    def run(
+        self,
+        ctx: Context,
+        model: Checkpoint | Export,
+        eval: Dataset,
+        reference: Checkpoint | None = None,
+        states: HiddenStates | None = None,
+        reference_states: HiddenStates | None = None,
+        plain_states: HiddenStates | None = None,
+    ) -> EvalReport:
+        """`states`, `reference_states` and `plain_states` (of the model without its INT8 cache) take the place of forward passes."""
         from stages.runtime.evaluation import Tally, cache_bytes, encode, write_report
+        from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
+        from stages.runtime.scoring import Stored
+        from stages.runtime.stored_states import StoredStates, StoredView
 
         if reference is not None and tokenizer_digest(model.path) != tokenizer_digest(reference.path):
             raise ValueError("model and reference have different tokenizers; only models that read the same tokens can be compared")
-        spec, execution = model.model_spec, self.execution
+        spec, execution, device = model.model_spec, self.execution, resolve_device(self.execution.device)
         documents = encode(eval, model.path, spec.architecture.vocab_size, self.params.max_documents)
-        work = list(batches(cut_windows([document.ids for document in documents], self.window(spec)), execution.batch_size))
-        scorer = self._scorer(model, eval, reference)
+        windows = cut_windows([document.ids for document in documents], self.window(spec))
+        work, tokens = list(batches(windows, execution.batch_size)), scored(windows)
+        dtype = COMPUTE_DTYPES[self.params.computes_in]
+        stored = Stored(
+            StoredView(states.path, tokens, model.path, device, dtype) if states else None,
+            StoredView(reference_states.path, tokens, reference.path, device, dtype) if reference_states and reference else None,
+            StoredStates(plain_states.path, tokens, device) if plain_states else None,
+        )
+        scorer = self._scorer(model, eval, reference, stored)
         tally = Tally(documents, self.window(spec), with_reference=reference is not None, with_cache=spec.kv_cache.mode is not None)
         for scores in scorer.scores(work, partial(ctx.progress, "scoring, layer by layer" if execution.mode == "layerwise" else "scoring")):
             tally.add(scores)
@@ -187,7 +201,7 @@ class Evaluate(Stage):
         write_report(ctx.output, metrics, tally)
         return EvalReport(path=ctx.output, metrics=metrics)
 
-    def _scorer(self, model: Checkpoint | Export, eval: Dataset, reference: Checkpoint | None) -> "Scorer":
+    def _scorer(self, model: Checkpoint | Export, eval: Dataset, reference: Checkpoint | None, stored: "Stored") -> "Scorer":
         """What computes; apart from `run`, because llama.cpp is there only where an export was made."""
         from stages.runtime.loading import COMPUTE_DTYPES, resolve_device
         from stages.runtime.scoring import ResidentScorer
@@ -198,7 +212,20 @@ class Evaluate(Stage):
         if isinstance(model, Export):
             from stages.runtime.gguf_scoring import LlamaCppScorer, reference_view
 
-            beside = reference_view(reference, device, dtype, self.execution.mode == "layerwise") if reference else None
+            computed = reference if stored.reference is None else None
+            beside = reference_view(computed, device, dtype, self.execution.mode == "layerwise") if computed else stored.reference
             return LlamaCppScorer(model, self.window(model.model_spec), beside, hidden_states, eval, self.params.max_documents)
         folders = (model.path, reference.path if reference else None, device, dtype)
-        return ResidentScorer(*folders) if self.execution.mode == "resident" else LayerwiseScorer(*folders, hidden_states)
+        if self.execution.mode == "resident":
+            return ResidentScorer(*folders, stored)
+        return LayerwiseScorer(*folders, hidden_states, stored)
+
+
+def forwards(model: ModelSpec, reference: ModelSpec | None, stored: Mapping[str, StatesSpec]) -> list[Forward]:
+    """What computes: the views that are not `stored`. A model without its INT8 cache has the weights that are there for it with it."""
+    views = [] if "states" in stored else [Forward("model", model)]
+    if model.kv_cache.mode and "plain_states" not in stored:
+        views.append(Forward("model, ordinary cache", model.with_cache(None), loads="states" in stored))
+    if reference is not None and "reference_states" not in stored:
+        views.append(Forward("reference", reference))
+    return views

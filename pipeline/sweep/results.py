@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, FiniteFloat, JsonValue, ValidationError
 
-from pipeline.artifact import MEASUREMENTS
+from pipeline.artifact import DERIVED, MEASUREMENTS
 from pipeline.findings import EVALUATION
 from pipeline.graph import LATEST_PORTS, SOURCE_MODEL
 from pipeline.recipe import SOURCES
@@ -24,6 +24,10 @@ SEED, REPORT = "seed", "report.json"
 MEASURES = frozenset(kind.__name__ for kind in MEASUREMENTS)
 
 
+class PlannedOutput(BaseModel):
+    type: str
+
+
 class PlannedStage(BaseModel):
     """The part of a node of plan.json that is read here."""
 
@@ -32,11 +36,17 @@ class PlannedStage(BaseModel):
     version: int
     params: dict[str, JsonValue]
     inputs: dict[str, str]
+    outputs: dict[str, PlannedOutput]
 
 
 class PlanFile(BaseModel):
     final: str
     nodes: tuple[PlannedStage, ...]
+
+    @property
+    def lasting(self) -> tuple[PlannedStage, ...]:
+        """Those that every plan of the recipe has: whether there are derived ones depends on what was in the store."""
+        return tuple(node for node in self.nodes if not {output.type for output in node.outputs.values()} <= DERIVED)
 
 
 class Document(BaseModel):
@@ -105,7 +115,7 @@ class Result:
     @cached_property
     def _chosen(self) -> dict[str, JsonValue]:
         found: dict[str, JsonValue] = {origin.name: origin.written for origin in self.report.origins}
-        for node in sorted(self.plan.nodes, key=lambda node: "@" in node.name):
+        for node in sorted(self.plan.lasting, key=lambda node: "@" in node.name):
             name, _, place = node.name.partition("@")
             read = {port: ref for port, ref in node.inputs.items() if port not in LATEST_PORTS and not place}
             for field, value in {"stage": node.stage, **node.params, **read}.items():
@@ -116,7 +126,7 @@ class Result:
     @property
     def identity(self) -> str:
         """Equal for jobs that differ in nothing but seeds."""
-        nodes = [(node.name, node.stage) for node in self.plan.nodes]
+        nodes = [(node.name, node.stage) for node in self.plan.lasting]
         return json.dumps([self.report.order, nodes, self.facts], sort_keys=True)
 
     @property

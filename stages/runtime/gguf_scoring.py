@@ -12,15 +12,13 @@ import torch
 from pipeline.artifact import Checkpoint, Dataset, Export
 from stages.functional.losses import nll_of
 from stages.runtime.llama_cpp_engine import LlamaContext, LlamaModel, Token, check_tokens
-from stages.runtime.scoring import CacheBytes, Comparison, Served, TokenScores, View, compare, join, load_served, padded
-from stages.runtime.swept import Swept, load_swept
+from stages.runtime.scoring import Batch, CacheBytes, Comparison, TokenScores, View, batched, compare, join, load_served
+from stages.runtime.swept import Swept, load_swept, swept_batches
 from stages.runtime.text import encode_documents, load_tokenizer
-from stages.runtime.windows import Window, group_batches
-
-Resident = Served | Swept
+from stages.runtime.windows import Window
 
 
-def reference_view(reference: Checkpoint, device: torch.device, dtype: torch.dtype, layerwise: bool) -> Resident:
+def reference_view(reference: Checkpoint, device: torch.device, dtype: torch.dtype, layerwise: bool) -> View:
     return (load_swept if layerwise else load_served)(reference.path, device, dtype)
 
 
@@ -28,7 +26,7 @@ class LlamaCppScorer:
     """`held` is what the export's INT8 cache was seen to hold."""
 
     def __init__(
-        self, export: Export, length: int, beside: Resident | None, hidden_bytes: int, dataset: Dataset, max_documents: int | None
+        self, export: Export, length: int, beside: View | None, hidden_bytes: int, dataset: Dataset, max_documents: int | None
     ) -> None:
         """Windows have up to `length` tokens. ValueError where llama.cpp reads the dataset's text as other tokens than transformers."""
         self.export, self.length, self.beside, self.hidden_bytes = export, length, beside, hidden_bytes
@@ -43,32 +41,26 @@ class LlamaCppScorer:
             model = opened.enter_context(LlamaModel(self.export.file))
             served = opened.enter_context(LlamaContext(model, self.length, self.int8, threads))
             plain = opened.enter_context(LlamaContext(model, self.length, False, threads)) if self.int8 else None
-            done = 0
-            for group in self._groups(work):
-                for batch in group:
-                    yield self._score(batch, served, plain)
-                    done += 1
-                    progress(done, len(work))
+            for done, batch in enumerate(self._batches(work), 1):
+                yield self._score(batch, served, plain)
+                progress(done, len(work))
             if plain is not None:
                 self._measure(max((window for batch in work for window in batch), key=lambda w: len(w.ids)), served, plain)
 
-    def _groups(self, work: Sequence[Sequence[Window]]) -> Iterator[Sequence[Sequence[Window]]]:
-        """Batches whose hidden states of the reference are computed together, where only a layer of it is in memory."""
-        if not isinstance(self.beside, Swept):
-            yield work
-            return
-        token_bytes = self.beside.model.spec.architecture.hidden_size * self.beside.model.dtype.itemsize
-        for group in group_batches(work, max(1, self.hidden_bytes // token_bytes)):
-            self.beside.sweep([padded(batch) for batch in group], lambda: None)
-            yield group
+    def _batches(self, work: Sequence[Sequence[Window]]) -> Iterator[Batch]:
+        """Where only a layer of the reference is in memory, hidden states of many are computed together."""
+        if isinstance(self.beside, Swept):
+            return swept_batches([self.beside], work, self.hidden_bytes, lambda done, total: None)
+        return batched(work)
 
     @torch.inference_mode()
-    def _score(self, batch: Sequence[Window], served: LlamaContext, plain: LlamaContext | None) -> TokenScores:
-        states = self.beside.hidden_states(padded(batch).to(self.beside.device)) if self.beside is not None else None
+    def _score(self, batch: Batch, served: LlamaContext, plain: LlamaContext | None) -> TokenScores:
+        states = self.beside.states(batch) if self.beside is not None else None
+        row = 0  # of `states`: where the window's begin
         nll: list[torch.Tensor] = []
         references: list[Comparison] = []
         plains: list[Comparison] = []
-        for row, window in enumerate(batch):
+        for window in batch.windows:
             targets = torch.tensor(window.ids[1:])
             without = plain.logits(window.ids[:-1]) if plain is not None else None
             for first, logits in served.logits(window.ids[:-1]):
@@ -76,13 +68,14 @@ class LlamaCppScorer:
                 log_q = logits.log_softmax(-1)
                 nll.append(nll_of(log_q, targets[chunk]))
                 if self.beside is not None and states is not None:
-                    expected = reference_logits(self.beside, states[row, chunk])
+                    expected = self.beside.logits(states[row + first : row + first + len(logits)]).cpu()
                     references.append(compare(expected, logits, log_q, targets[chunk]))
                 if without is not None:
                     plains.append(compare(next(without)[1], logits, log_q, targets[chunk]))
-        lengths = torch.tensor([len(window.ids) - 1 for window in batch])
+            row += len(targets)
+        lengths = torch.tensor([len(window.ids) - 1 for window in batch.windows])
         return TokenScores(
-            document=torch.tensor([window.document for window in batch]).repeat_interleave(lengths),
+            document=torch.tensor([window.document for window in batch.windows]).repeat_interleave(lengths),
             position=torch.cat([torch.arange(1, length + 1) for length in lengths.tolist()]),
             nll=torch.cat(nll),
             reference=join(references) if references else None,
@@ -106,10 +99,6 @@ def growth(context: LlamaContext, ids: Sequence[int]) -> float:
     before = context.state_bytes()
     context.decode([Token(token, 1 + n) for n, token in enumerate(ids[1:])])
     return (context.state_bytes() - before) / (len(ids) - 1)
-
-
-def reference_logits(view: View, hidden: torch.Tensor) -> torch.Tensor:
-    return view.logits(hidden).cpu()
 
 
 def check_dataset(export: Export, dataset: Dataset, max_documents: int | None) -> None:

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.spec import ModelSpec
 from stages.functional.top_logits import TopLogits, join, top_logits
-from stages.runtime.packing import packed_formats, unpack_weight
 from stages.runtime.rounded_inputs import round_inputs
 from stages.runtime.tensors import DTYPES, TensorReader
-from stages.runtime.windows import MICRO_BATCH_TOKENS, VOCABULARY_ROWS
+from stages.runtime.vocabulary import EMBEDDING, Vocabulary, unpacked
+from stages.runtime.windows import MICRO_BATCH_TOKENS
 
 OnLayer = Callable[[int, torch.nn.Module], Iterable[RemovableHandle]]
 OnOutput = Callable[[int, int, torch.Tensor, torch.Tensor], None]
@@ -71,8 +71,9 @@ class LayerwiseModel:
         self.device = torch.device(device)
         self.decoder = meta_decoder(folder, self.dtype, self.device)
         self.layers = self.decoder.layers
-        self._formats = packed_formats(self.spec)
-        head = self._formats.get(self._head.removesuffix(".weight"))
+        self.vocabulary = Vocabulary(self.reader, self.spec, self.dtype)
+        self._formats = self.vocabulary.formats
+        head = self._formats.get(self.vocabulary.head.removesuffix(".weight"))
         if head is not None and head.rounds_inputs:
             raise ValueError(f"{folder} rounds the inputs of its head ({head.layout}), which is read in slices here; write mode: resident")
         round_inputs(self.decoder, self._formats)
@@ -144,7 +145,7 @@ class LayerwiseModel:
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[B, T] token ids to [B, T, H] embeddings."""
         hidden = [torch.empty(*ids.shape, self.spec.architecture.hidden_size, dtype=self.dtype) for ids in batches]
-        for first, weight in self._vocabulary_slices("model.embed_tokens.weight"):
+        for first, weight in self.vocabulary.slices(EMBEDDING):
             for ids, h in zip(batches, hidden, strict=True):
                 here = (ids >= first) & (ids < first + len(weight))
                 h[here] = weight[ids[here] - first]
@@ -175,12 +176,7 @@ class LayerwiseModel:
 
     def output_embedding(self) -> torch.Tensor:
         """[vocabulary, H], whole, on `device`."""
-        rows = [rows.to(self.device) for _, rows in self._vocabulary_slices(self._head)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-    @property
-    def _head(self) -> str:
-        return "model.embed_tokens.weight" if self.spec.architecture.tied else "lm_head.weight"
+        return self.vocabulary.output_embedding(self.device)
 
     @torch.no_grad()
     def logit_slices(self, hidden: Sequence[torch.Tensor]) -> Iterator[tuple[int, Iterator[torch.Tensor]]]:
@@ -188,7 +184,7 @@ class LayerwiseModel:
 
         The slice's words are those from `first` on.
         """
-        for first, rows in self._vocabulary_slices(self._head):
+        for first, rows in self.vocabulary.slices(self.vocabulary.head):
             weight = rows.to(self.device)
             yield first, (functional.linear(h.to(self.device), weight).float() for h in hidden)
 
@@ -219,14 +215,6 @@ class LayerwiseModel:
             found = [join(top, part, k) for top, part in zip(found, parts, strict=True)] if found else list(parts)
         return found
 
-    def _vocabulary_slices(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of the embedding or head, on the CPU. A packed head, which hardly anyone makes, is unpacked whole."""
-        module = name.removesuffix(".weight")
-        whole = self._unpacked(module) if module in self._formats else None
-        for first in range(0, self.spec.architecture.vocab_size, VOCABULARY_ROWS):
-            rows = (first, first + VOCABULARY_ROWS)
-            yield first, self.reader.read(name, rows).to(self.dtype) if whole is None else whole[slice(*rows)]
-
     def _load(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
         module.load_state_dict({name: self._weight(prefix, name) for name in module.state_dict()}, assign=True)
         return module
@@ -237,15 +225,10 @@ class LayerwiseModel:
         form = self._formats.get(module.removesuffix(".SCB"))
         as_stored = form is not None and form.layout == "llm_int8"
         if form is not None and not as_stored:
-            return self._unpacked(module).to(self.device)
+            return unpacked(self.reader, module, form, self.spec, self.dtype).to(self.device)
         buffer = f"{name} {self.reader.entry(prefix + name).dtype}"  # layers may differ in which of their weights are quantized
         self._buffers[buffer] = self.reader.read(prefix + name, out=self._buffers.get(buffer))
         return self._buffers[buffer].to(self.device, None if as_stored else self.dtype)
-
-    def _unpacked(self, module: str) -> torch.Tensor:
-        form, shape = self._formats[module], (1, 1)
-        packed = {suffix: self.reader.read(f"{module}.{suffix}") for suffix in form.tensors(shape, self.spec.dtype)}
-        return unpack_weight(packed, form, self.dtype)
 
 
 def meta_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

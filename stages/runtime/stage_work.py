@@ -47,6 +47,16 @@ def forward_flops(model: ModelSpec, tokens: float, length: int, head: bool = Tru
     return tokens * (2 * (weights - (0 if head else table_size(model))) + attention_flops(model, length / 2 if causal else length))
 
 
+def scored_tokens(text: DatasetSpec, max_documents: int | None) -> float:
+    """About, of the first documents or all."""
+    return read_share(text, max_documents) * text.nbytes / TOKEN_BYTES
+
+
+def read_share(text: DatasetSpec, max_documents: int | None) -> float:
+    """Of a text, where only its first documents are read; all are taken to be of one length."""
+    return min(1.0, max_documents / text.documents) if max_documents and text.documents else 1.0
+
+
 def packed_weights(model: ModelSpec) -> int:
     return sum(group.count * math.prod(group.shape) for group in model.groups if not group.format.is_dense)
 

@@ -7,6 +7,7 @@ are called alike, and what follows them is the same code.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,56 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig
 
+from pipeline.kv_sidecar import read_cache
 from stages.runtime.int8_cache import load_cache
 from stages.runtime.layerwise import LayerwiseModel
-from stages.runtime.scoring import CacheBytes, TokenScores, padded, score_batch
+from stages.runtime.scoring import Batch, CacheBytes, Served, States, Stored, TokenScores, View, batched, score_batch
 from stages.runtime.windows import Window, group_batches
 
 
 class Swept:
-    """A view of a checkpoint: `sweep` computes the hidden states of a group, which `hidden_states` then gives out batch by batch."""
+    """A view of a checkpoint: `sweep` computes the hidden states of a group, which `states` then gives out batch by batch.
+
+    Its output embedding is in memory from the first logits of a group until the next sweep.
+    """
 
     def __init__(self, model: LayerwiseModel, cache: Any | None = None) -> None:
         self.model, self.cache = model, cache
-        self.device = model.device
+        self.device, self.vocab_size = model.device, model.spec.architecture.vocab_size
         self.per_token: dict[int, float] = {}  # measured bytes of the cache, by layer
         self.per_sequence: dict[int, float] = {}
         self._states: deque[torch.Tensor] = deque()
         self._head: torch.Tensor | None = None
 
-    def sweep(self, batches: Sequence[torch.Tensor], progress: Callable[[], None]) -> None:
-        """Token ids [windows, length] of each batch; `progress` is called for each layer."""
+    def sweep(self, batches: Sequence[Batch], progress: Callable[[], None]) -> None:
+        """`progress` is called for each layer."""
 
         def on_layer(index: int, layer: torch.nn.Module) -> tuple[()]:
             progress()
             return ()
 
         self._head = None  # not beside the layers
-        self._states = deque(self.model.sweep(batches, on_layer=on_layer, on_output=self._measure, cache=self.cache))
-        self._head = self.model.output_embedding()
+        ids = [batch.ids for batch in batches]
+        self._states = deque(self.model.sweep(ids, on_layer=on_layer, on_output=self._measure, cache=self.cache))
 
-    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+    def states(self, batch: Batch) -> torch.Tensor:
         states = self._states.popleft()
-        assert states.shape[:2] == ids.shape, "batches come in the order of the sweep"
-        return states.to(self.device)
+        assert states.shape[:2] == batch.ids.shape, "batches come in the order of the sweep"
+        return states[batch.places].to(self.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self._head is not None, "sweep comes first"
+        if self._head is None:
+            self._head = self.model.output_embedding()
         return functional.linear(hidden, self._head).float()
+
+    @property
+    def token_bytes(self) -> int:
+        """Of hidden states."""
+        return self.model.spec.architecture.hidden_size * self.model.dtype.itemsize
+
+    @property
+    def held(self) -> CacheBytes:
+        return CacheBytes(sum(self.per_sequence.values()), sum(self.per_token.values()))
 
     def _measure(self, index: int, batch: int, before: torch.Tensor, after: torch.Tensor) -> None:
         if self.cache is not None:
@@ -61,37 +76,70 @@ class Swept:
 class LayerwiseScorer:
     """As `ResidentScorer`, in the memory of the largest layer, the output embeddings, and `hidden_bytes` of hidden states."""
 
-    def __init__(self, folder: Path, reference: Path | None, device: torch.device, dtype: torch.dtype, hidden_bytes: int) -> None:
-        model = LayerwiseModel(folder, dtype, device)
-        self.cache = load_cache(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        self.view = Swept(model, self.cache)
-        self.plain = Swept(model) if self.cache is not None else None
-        self.beside = load_swept(reference, device, dtype) if reference else None
-        self.held = CacheBytes()
+    def __init__(
+        self,
+        folder: Path,
+        reference: Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden_bytes: int,
+        stored: Stored | None = None,
+    ) -> None:
+        stored = stored or Stored()
+        self.view: View = stored.model or load_swept(folder, device, dtype)
+        self.plain = stored.plain_cache or self._plain(folder, device, dtype)
+        self.beside: View | None = stored.reference or (load_swept(reference, device, dtype) if reference else None)
         self.hidden_bytes = hidden_bytes
+
+    def _plain(self, folder: Path, device: torch.device, dtype: torch.dtype) -> States | None:
+        """The model without its INT8 cache, where it has one."""
+        if read_cache(folder) is None:
+            return None
+        return Swept(self.view.model if isinstance(self.view, Swept) else LayerwiseModel(folder, dtype, device))
+
+    @property
+    def held(self) -> CacheBytes:
+        return self.view.held
 
     def scores(self, work: Sequence[Sequence[Window]], progress: Callable[[int, int], None]) -> Iterator[TokenScores]:
         """Of every batch in turn."""
-        views = [view for view in (self.view, self.plain, self.beside) if view is not None]
-        architecture = self.view.model.spec.architecture
-        token_bytes = architecture.hidden_size * self.view.model.dtype.itemsize * len(views)
-        groups = list(group_batches(work, max(1, self.hidden_bytes // token_bytes)))
-        total = len(groups) * sum(len(view.model.layers) for view in views)
-        done = 0
+        views = [view for view in (self.view, self.plain, self.beside) if isinstance(view, Swept)]
+        for done, batch in enumerate(swept_batches(views, work, self.hidden_bytes, progress), 1):
+            yield score_batch(batch, self.view, self.beside, self.plain)
+            if not views:
+                progress(done, len(work))
 
-        def layer_done() -> None:
-            nonlocal done
-            done += 1
-            progress(done, total)
 
-        for group in groups:
-            batches = [padded(batch) for batch in group]
-            for view in views:
-                view.sweep(batches, layer_done)
-            for batch in group:
-                yield score_batch(batch, architecture.vocab_size, self.view, self.beside, self.plain)
-        if self.cache is not None:
-            self.held.see(sum(self.view.per_sequence.values()), sum(self.view.per_token.values()))
+def swept_batches(
+    views: Sequence[Swept], work: Sequence[Sequence[Window]], hidden_bytes: int, progress: Callable[[int, int], None]
+) -> Iterator[Batch]:
+    """Every batch in turn, its hidden states of all views computed, which take `hidden_bytes` at a time. `progress` counts layers."""
+    batches = batched(work)
+    groups = list(group_batches(work, max(1, hidden_bytes // max(1, sum(view.token_bytes for view in views)))))
+    total, done = len(groups) * sum(len(view.model.layers) for view in views), 0
+
+    def layer_done() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    for group in groups:
+        together = list(islice(batches, len(group)))
+        for view in views:
+            view.sweep(together, layer_done)
+        yield from together
+
+
+def computed_batches(
+    view: Served | Swept, work: Sequence[Sequence[Window]], hidden_bytes: int, progress: Callable[[int, int], None]
+) -> Iterator[Batch]:
+    """Every batch in turn, for a model that is resident or not."""
+    if isinstance(view, Swept):
+        yield from swept_batches([view], work, hidden_bytes, progress)
+        return
+    for done, batch in enumerate(batched(work), 1):
+        yield batch
+        progress(done, len(work))
 
 
 def load_swept(folder: Path, device: torch.device, dtype: torch.dtype) -> Swept:

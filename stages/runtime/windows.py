@@ -37,6 +37,11 @@ def cut_windows(documents: Sequence[Sequence[int]], max_length: int) -> list[Win
     return sorted(windows, key=lambda window: -len(window.ids))
 
 
+def scored(windows: Sequence[Window]) -> int:
+    """Tokens: all of a window but its first."""
+    return sum(len(window.ids) - 1 for window in windows)
+
+
 def batches(windows: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
     for first in range(0, len(windows), batch_size):
         yield windows[first : first + batch_size]

@@ -64,7 +64,7 @@ def publish(root: Path, node: PlannedNode, **changes: Any) -> None:
 def test_specs_are_carried_from_outputs_to_inputs(config: dict[str, Any], tmp_path: Path) -> None:
     plan = plan_of(config, tmp_path / "outputs")
     nodes = {node.name: node for node in plan.nodes}
-    assert list(nodes) == ["evaluate@source", "prune", "quantize", "evaluate"]
+    assert list(nodes) == ["hidden_states@source", "evaluate@source", "prune", "quantize", "evaluate"]
     pruned, packed = nodes["prune"].expected["model"], nodes["quantize"].expected["model"]
     assert isinstance(pruned, ModelSpec) and isinstance(packed, ModelSpec)
     assert pruned.architecture.intermediate_size == packed.architecture.intermediate_size == 256
@@ -100,6 +100,7 @@ def test_a_miss_names_the_field_that_changed(config: dict[str, Any], tmp_path: P
     config["stages"]["quantize"]["group_size"] = 32
     told = {node.name: (node.status, node.reason) for node in plan_of(config, tmp_path).nodes}
     assert told == {
+        "hidden_states@source": ("hit", ""),
         "evaluate@source": ("hit", ""),
         "prune": ("hit", ""),
         "quantize": ("miss", "params.group_size: 64 -> 32"),
@@ -311,7 +312,12 @@ def test_the_plan_says_whether_the_load_fits_the_target(config: dict[str, Any], 
     assert plan.served.speed is None  # the card's peak is not known
     config["target"] |= {"memory": "1GiB"}
     problems = plan_of(config, tmp_path / "outputs").problems
-    assert [problem.partition(":")[0] for problem in problems] == ["stages.evaluate@source", "stages.evaluate", "serve"]
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "stages.hidden_states@source",
+        "stages.evaluate@source",
+        "stages.evaluate",
+        "serve",
+    ]
 
 
 def test_hours_dollars_and_disk_are_those_of_what_is_to_run(config: dict[str, Any], tmp_path: Path) -> None:
@@ -320,12 +326,14 @@ def test_hours_dollars_and_disk_are_those_of_what_is_to_run(config: dict[str, An
     assert plan.to_run == plan.nodes
     assert plan.seconds == sum(node.seconds or 0 for node in plan.nodes)
     assert plan.dollars == pytest.approx((plan.seconds or 0) * 3.6 / 3600)
-    made = [node.expected["model"].nbytes for node in plan.nodes[1:3] if isinstance(node.expected["model"], ModelSpec)]
+    nodes = {node.name: node for node in plan.nodes}
+    prune, quantize = nodes["prune"], nodes["quantize"]
+    made = [spec.nbytes for node in (prune, quantize) for spec in node.expected.values() if isinstance(spec, ModelSpec)]
     assert plan.disk >= sum(made)
-    assert plan.nodes[1].seconds is not None and plan.nodes[1].seconds > (plan.source.model_spec.nbytes + made[0]) / 1e6
-    publish(tmp_path, plan.nodes[1])
+    assert prune.seconds is not None and prune.seconds > (plan.source.model_spec.nbytes + made[0]) / 1e6
+    publish(tmp_path, prune)
     later = plan_of(config, tmp_path, execute=True)
-    assert [node.name for node in later.to_run] == ["evaluate@source", "quantize", "evaluate"]
+    assert [node.name for node in later.to_run] == ["hidden_states@source", "evaluate@source", "quantize", "evaluate"]
     assert later.disk == plan.disk - made[0] and (later.seconds or 0) < (plan.seconds or 0)
 
 

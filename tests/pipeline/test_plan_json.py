@@ -9,7 +9,7 @@ from pipeline.plan_table import PLAN_SCHEMA, plan_json
 from tests.pipeline.shipped import plan_of_shipped
 
 PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
-NAMED_BY_RECIPE = {"nodes[].params", "nodes[].inputs", *(f"nodes[].memory.{place}" for place in ("ram", "vram", "disk"))}
+NAMED_BY_RECIPE = {"nodes[].params", "nodes[].inputs", "nodes[].derived", *(f"nodes[].memory.{place}" for place in ("ram", "vram", "disk"))}
 PORTS = "nodes[].outputs"
 
 

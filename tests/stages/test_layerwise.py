@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.utils import calculate_qparams
 from transformers import AutoModelForCausalLM
 
-from stages.runtime import layerwise
+from stages.runtime import vocabulary
 from stages.runtime.layerwise import LayerwiseModel, micro_batches, token_pieces
 from stages.runtime.tensors import CheckpointWriter, TensorReader
 from tests.stages.models import DIMENSIONS, make_checkpoint
@@ -56,7 +56,7 @@ def layerwise_logits(model: LayerwiseModel, hidden: list[torch.Tensor]) -> list[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_the_resident_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(layerwise, "VOCABULARY_ROWS", 100)  # four slices, the last in part
+    monkeypatch.setattr(vocabulary, "VOCABULARY_ROWS", 100)  # four slices, the last in part
     folder = make_checkpoint(tmp_path, dtype=dtype, **FAMILIES[family])
     batches = [token_ids(2, 24), token_ids(1, 24, seed=1), token_ids(2, 17, seed=2)]
     model = LayerwiseModel(folder)
@@ -199,7 +199,7 @@ def _all_are_on(layer: torch.nn.Module, device: torch.device) -> torch.utils.hoo
 
 @pytest.mark.parametrize("pieces", [7, 512])
 def test_the_top_logits_are_the_resident_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
-    monkeypatch.setattr(layerwise, "VOCABULARY_ROWS", 100)
+    monkeypatch.setattr(vocabulary, "VOCABULARY_ROWS", 100)
     folder = make_checkpoint(tmp_path, dtype=torch.float32)
     batches = [token_ids(2, 24), token_ids(1, 17, seed=1)]
     model = LayerwiseModel(folder)

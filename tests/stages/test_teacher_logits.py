@@ -20,7 +20,7 @@ from pipeline.spec import ModelSpec
 from pipeline.stage import Context
 from pipeline.target import Target
 from stages.rtn import RTN
-from stages.runtime import layerwise, logits_layout
+from stages.runtime import logits_layout, vocabulary
 from stages.runtime.loading import load_model
 from stages.runtime.teacher_logits import StoredLogits, Teacher, store_logits
 from stages.runtime.tensors import CheckpointWriter, TensorReader
@@ -40,7 +40,7 @@ LAYERWISE: dict[str, Any] = {"mode": "layerwise", "batch_size": 4}
 def several_files_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes a large model otherwise: 3 windows a file, 100 words of the vocabulary at a time."""
     monkeypatch.setattr(logits_layout, "FILE_BYTES", 3 * LENGTH * (K * 4 + 8))
-    monkeypatch.setattr(layerwise, "VOCABULARY_ROWS", 100)
+    monkeypatch.setattr(vocabulary, "VOCABULARY_ROWS", 100)
 
 
 def text(folder: Path) -> Dataset:
@@ -130,7 +130,7 @@ from pathlib import Path
 from pipeline.artifact import Dataset, DenseCheckpoint
 from pipeline.artifact_spec import DatasetSpec
 from pipeline.stage import Context
-from stages.runtime import logits_layout
+from stages.runtime import logits_layout, vocabulary
 from stages.teacher_logits import RecordTeacher
 
 folder, model, train, params, execution, file_bytes = json.loads(sys.argv[1])
