@@ -22,10 +22,10 @@ from stages.rtn import RTN
 from stages.runtime import layerwise, logits_layout
 from stages.runtime.loading import load_model
 from stages.runtime.teacher_logits import StoredLogits, Teacher, store_logits
-from stages.runtime.tensors import CheckpointWriter, TensorReader
+from stages.runtime.tensors import TensorReader
 from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.teacher_logits import RecordTeacher
-from tests.stages.models import make_checkpoint, save_tokenizer, write_documents
+from tests.stages.models import make_checkpoint, save_tensors, save_tokenizer, write_documents
 
 SAMPLES, LENGTH, K = 10, 24, 12
 PARAMS = {"num_samples": SAMPLES, "max_length": LENGTH, "k": K}
@@ -177,9 +177,7 @@ def test_a_teacher_that_computes_nan_is_refused(tmp_path: Path) -> None:
     reader = TensorReader(folder)
     weights = {name: reader.read(name) for name in reader.table}
     weights["model.norm.weight"][3] = torch.nan
-    with CheckpointWriter(folder) as writer:
-        for name, weight in weights.items():
-            writer.add(name, weight)
+    save_tensors(folder, weights)
     for execution in (RESIDENT, LAYERWISE):
         with pytest.raises(ValueError, match="the teacher's logits are nan or infinite on the training text"):
             record(tmp_path / execution["mode"], as_checkpoint(folder), text(tmp_path), execution)
