@@ -22,6 +22,7 @@ from loguru import logger
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.hashed import known_below
 from pipeline.roofline import UTILISATION, seconds
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
@@ -88,7 +89,7 @@ def run_stage(name: str, params: dict[str, Any], output: Path, machine: Target, 
     for artifact in (made, getattr(made, "model", None)):
         if isinstance(artifact, Checkpoint):
             check_checkpoint(artifact.path, artifact.model_spec)
-    file_records(output)
+    file_records(output, known_below(output))
     wall, cpu = time.perf_counter() - started, time.process_time() - computed
     assert planned is not None, "both peaks were measured"
     ratios = f"{planned / wall:.2f}", f"{planned / cpu:.2f}"

@@ -91,7 +91,7 @@ def cache_bytes(model: Any, folder: Path | None, tokens: int) -> int:
 
 def fp32_copy(source: Path, target: Path) -> DenseCheckpoint:
     reader = TensorReader(source)
-    with CheckpointWriter(target) as writer:
+    with CheckpointWriter(target, {name: ("F32", entry.shape) for name, entry in reader.table.items()}) as writer:
         for name in reader.table:
             writer.add(name, reader.read(name).float())
     copy_companions(source, target, read_json(source / "config.json") | {"dtype": "float32"})

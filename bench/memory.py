@@ -114,8 +114,9 @@ def make_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
     from stages.runtime.tensors import CheckpointWriter
 
     generator = torch.Generator().manual_seed(0)
-    with CheckpointWriter(folder) as writer:
-        for name, (_, shape) in ModelSpec.from_config(content).tensors().items():
+    tensors = ModelSpec.from_config(content).tensors()
+    with CheckpointWriter(folder, tensors) as writer:
+        for name, (_, shape) in tensors.items():
             weight = torch.empty(shape, dtype=torch.bfloat16)
             writer.add(name, weight.fill_(1.0) if len(shape) == 1 else weight.normal_(0, 0.02, generator=generator))
     (folder / "config.json").write_text(json.dumps(content))

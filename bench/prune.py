@@ -1,16 +1,19 @@
-"""How much memory and time streaming costs: prune a random 1 B checkpoint against copying its bytes, and the activation
-sweep against the resident model. Every measured run is a process of its own; `above` is peak memory beyond what that process
-had when its imports were done.
+"""How much memory and time streaming costs: prune a random 1 B checkpoint, up to the record of its files, against copying
+its bytes, and the activation sweep against the resident model. Every measured run is a process of its own; `above` is peak memory
+beyond what that process had when its imports were done.
 
-    python bench/prune.py [--scratch FOLDER] [--repeats 3] [--tokens 2048]
+    python bench/prune.py [--scratch FOLDER] [--repeats 3] [--tokens 2048]     no sweep with --tokens 0
 
-Needs about 5 GB of disk. The model is random: this measures cost, not quality.
+Needs about 5 GB of disk. The model is random: this measures cost, not quality. A copy is made first that does not count, since
+memory that a virtual machine never used costs it several times as much to touch.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -20,6 +23,8 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from pipeline.worker import LIBRARY_DEFAULTS
 
 SEQUENCE = 256
 LAZY_IMPORT = "transformers.models.llama.modeling_llama"  # transformers imports a family when it is used
@@ -38,8 +43,9 @@ def make_checkpoint(folder: Path, _: Path, __: int) -> None:
     from stages.runtime.tensors import CheckpointWriter
 
     generator = torch.Generator().manual_seed(0)
-    with CheckpointWriter(folder, shard_bytes=200_000_000) as writer:
-        for name, (_dtype, shape) in ModelSpec.from_config(CONFIG).tensors().items():
+    tensors = ModelSpec.from_config(CONFIG).tensors()
+    with CheckpointWriter(folder, tensors, shard_bytes=200_000_000) as writer:
+        for name, (_, shape) in tensors.items():
             weight = torch.empty(shape, dtype=torch.bfloat16)
             writer.add(name, weight.fill_(1.0) if len(shape) == 1 else weight.normal_(0, 0.02, generator=generator))
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -47,13 +53,26 @@ def make_checkpoint(folder: Path, _: Path, __: int) -> None:
 
 def prune_by_magnitude(source: Path, target: Path, _: int) -> None:
     from pipeline.artifact import DenseCheckpoint
+    from pipeline.hashed import known_below
     from pipeline.stage import Context
+    from pipeline.store import file_records
+    from stages.runtime.guard import check_checkpoint
     from stages.structured_prune import StructuredPrune
 
     importlib.import_module("stages.runtime.pruning")  # what run() imports by itself
     imports_done()
     target.mkdir()
-    StructuredPrune.from_dict(PARAMS).run(Context(target, lambda event: None), DenseCheckpoint(source))
+    made = StructuredPrune.from_dict(PARAMS).run(Context(target, lambda event: None), DenseCheckpoint(source))
+    check_checkpoint(target, made.model_spec)
+    file_records(target, known_below(target))
+
+
+def hash_the_source(source: Path, _: Path, __: int) -> None:
+    """As a run does before the first stage that reads it, where it is not remembered."""
+    from pipeline.identity import DigestMemo, model_files
+
+    imports_done()
+    DigestMemo(source / "memo").compute_all(list(model_files(source).values()))
 
 
 def sweep_activations(source: Path, _: Path, tokens: int) -> None:
@@ -88,7 +107,7 @@ def random_windows(tokens: int) -> Any:
     return torch.randint(CONFIG["vocab_size"], (tokens // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
 
 
-JOBS = {job.__name__: job for job in (make_checkpoint, prune_by_magnitude, sweep_activations, run_resident)}
+JOBS = {job.__name__: job for job in (make_checkpoint, prune_by_magnitude, hash_the_source, sweep_activations, run_resident)}
 after_imports: dict[str, float] = {}
 
 
@@ -106,7 +125,7 @@ def usage() -> dict[str, float]:
 def run_job(job: str, source: Path, target: Path, tokens: int) -> dict[str, float]:
     """Run one job in a fresh process; what it took in all, and since its imports."""
     command = [sys.executable, __file__, "--job", job, "--source", str(source), "--target", str(target), "--tokens", str(tokens)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "THP_MEM_ALLOC_ENABLE": "1"}  # as the fork server sets it
+    environment = os.environ | LIBRARY_DEFAULTS | {"PYTHONPATH": str(Path(__file__).parents[1])}
     result = timed(command, environment)
     return result | json.loads(str(result.pop("output")))
 
@@ -126,12 +145,29 @@ def print_job(job: str, source: Path, target: Path, tokens: int) -> None:
     print(json.dumps(above | {"floor": floor["peak"]}))
 
 
+def processor() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
+
+
+def sha256_seconds() -> float:
+    """CPU seconds a GB, which is the floor of whatever hashes."""
+    block, started = bytes(1 << 20), time.process_time()
+    digest = hashlib.sha256()
+    for _ in range(256):
+        digest.update(block)
+    return (time.process_time() - started) / (256 * len(block) / 1e9)
+
+
 def compare(scratch: Path, repeats: int, tokens: int) -> None:
     source, target = scratch / "source", scratch / "target"
     run_job("make_checkpoint", source, target, tokens)
     size = sum(file.stat().st_size for file in source.iterdir())
-    print(f"source {size / 1e9:.2f} GB, kept {PARAMS}, load average {os.getloadavg()[0]:.1f}\n")
-    copies, prunes = [], []
+    print(f"{processor()}, load average {os.getloadavg()[0]:.1f}; source {size / 1e9:.2f} GB, kept {PARAMS}")
+    print(f"sha256 of bytes in cache: {sha256_seconds():.2f} CPU s/GB\n")
+    timed(["cp", "-r", str(source), str(target)])
+    shutil.rmtree(target)
+    copies, prunes, hashes = [], [], []
     print("                       wall s   cpu s   since imports: wall s   cpu s   peak MB above the imports' (their own)")
     for _ in range(repeats):
         copies.append(timed(["cp", "-r", str(source), str(target)]))
@@ -139,10 +175,20 @@ def compare(scratch: Path, repeats: int, tokens: int) -> None:
         shutil.rmtree(target)
         prunes.append(run_job("prune_by_magnitude", source, target, tokens))
         print_row("prune by magnitude", prunes[-1])
+        written = sum(file.stat().st_size for file in target.iterdir())
         shutil.rmtree(target)
+        hashes.append(run_job("hash_the_source", source, target, tokens))
+        print_row("hash the source", hashes[-1])
     for kind, wall, cpu in (("with imports", "wall", "cpu"), ("since imports", "work_wall", "work_cpu")):
         ratio = {name: median(p[key] for p in prunes) / median(c[name] for c in copies) for name, key in (("wall", wall), ("cpu", cpu))}
         print(f"prune / cp, {kind}: wall {ratio['wall']:.2f}x, cpu {ratio['cpu']:.2f}x (medians)")
+    rates = {name: median(row[key] for row in rows) / (size / 1e9) for name, key, rows in (
+        ("cp", "cpu", copies), ("prune", "work_cpu", prunes), ("hash the source", "work_cpu", hashes)
+    )}  # fmt: skip
+    print("CPU s per GB of the source, since imports: " + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()))
+    print(f"of prune, sha256 of the {written / 1e9:.2f} GB written: {written / size * sha256_seconds():.2f}")
+    if not tokens:
+        return
     print_row(f"sweep {tokens} tokens", run_job("sweep_activations", source, target, tokens))
     print_row("resident, the same", run_job("run_resident", source, target, tokens))
 

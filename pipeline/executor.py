@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, Manifest, Provenance, Verdict
+from pipeline.artifact import Artifact, FileRecord, Manifest, Provenance, Verdict
 from pipeline.attempt import Attempt
 from pipeline.bounds import outputs_as_made
 from pipeline.envs import Environments
@@ -253,7 +253,13 @@ class _Run:
         inputs: dict[str, InputArtifact | None] = dict.fromkeys(input_ports(type(node.stage)))
         for port, ref in (*node.inputs.items(), *node.derived.items()):
             given, key = self.artifacts[ref], node.input_keys.get(port, self.artifacts[ref].key)
-            inputs[port] = InputArtifact(type=type(given).__name__, path=given.path.absolute(), key=key, spec=given.spec)
+            inputs[port] = InputArtifact(
+                type=type(given).__name__,
+                path=given.path.absolute(),
+                key=key,
+                spec=given.spec,
+                files=self._records(ref),
+            )
         return Request(
             node=node.name,
             stage=node.stage.name,
@@ -266,6 +272,14 @@ class _Run:
             types={port: kind.__name__ for port, kind in node.types.items()},
             interpreter=self._interpreter(node),
         )
+
+    def _records(self, ref: Ref) -> dict[str, FileRecord]:
+        """Of an output's files, by name below its folder, which is the artifact's or one in it; a source has none."""
+        manifest = self.manifests.get(ref.node)
+        if manifest is None:
+            return {}
+        below = f"{ref.port}/" if manifest.outputs else ""
+        return {name.removeprefix(below): record for name, record in manifest.files.items() if name.startswith(below)}
 
     def _history(self, node: PlannedNode) -> tuple[Provenance, ...]:
         """The stages applied to the model that this node is given."""

@@ -24,7 +24,7 @@ def build_manifest(
     read: Mapping[str, str],
     resumes: int,
 ) -> Manifest:
-    """The manifest of what `node` left in `folder`, every byte of which is hashed here.
+    """The manifest of what `node` left in `folder`. What the worker has hashed is not read again, unless it was touched since.
 
     `history` are the stages that were applied to its input model, `read` the digests of its inputs' bytes by port, `resumes` how often
     an interrupted attempt was continued.
@@ -52,7 +52,7 @@ def build_manifest(
         read=dict(read) if is_report else {},  # a checkpoint's key stands for its computation, a report's for its subject
         metrics=_metrics(made, single),
         notes=(*node.notes, *notes),
-        files=file_records(folder),
+        files=file_records(folder, made.files),
         environment=made.environment,
         execution=stage.execution.model_dump(mode="json"),
         fingerprint=fingerprint(type(stage).__module__),

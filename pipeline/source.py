@@ -217,7 +217,7 @@ def _local_key(folder: Path, memo: DigestMemo, execute: bool) -> str:
     small = sum(file.stat().st_size for file in files.values()) <= HASH_AT_ONCE
     if not (execute or small or all(memo.known(file) for file in files.values())):
         return ""
-    return folder_key({name: memo.compute(file) for name, file in files.items()})
+    return folder_key(dict(zip(files, memo.compute_all(list(files.values())), strict=True)))
 
 
 def _hub_model(model: ModelSource, execute: bool, where: str) -> Checkpoint:

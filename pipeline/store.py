@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pipeline.artifact import MANIFEST, FileRecord, Manifest, sha256_file
 from pipeline.claim import FOREVER, LEASE, Claim, Claims, LockKind
 from pipeline.errors import StoreError
+from pipeline.hashed import Hashed, stamp
 from pipeline.identity import content_digest
 
 SHORT = 12
@@ -177,10 +178,16 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below `folder`, by relative path, `artifact.json` aside."""
+def file_records(folder: Path, hashed: Mapping[str, Hashed] | None = None) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below `folder`, by relative path, `artifact.json` aside. Of those in `hashed` that were not
+    touched since, without reading them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): FileRecord(nbytes=path.stat().st_size, sha256=sha256_file(path)) for path in files}
+    records = {}
+    for name, path in ((path.relative_to(folder).as_posix(), path) for path in files):
+        known = (hashed or {}).get(name)
+        digest = known.sha256 if known and known.stamp == stamp(path) else sha256_file(path)
+        records[name] = FileRecord(nbytes=path.stat().st_size, sha256=digest)
+    return records
 
 
 def check_writable(root: Path) -> None:

@@ -23,8 +23,9 @@ from typing import Any, Literal, TextIO
 
 from pydantic import TypeAdapter
 
-from pipeline.artifact import TYPES, Artifact, Checkpoint
+from pipeline.artifact import TYPES, Artifact, Checkpoint, FileRecord
 from pipeline.artifact_spec import Spec
+from pipeline.hashed import Hashed, known_below, remember_links
 from pipeline.isolated import Isolated, IsolatedFailure, Kind, Returned
 from pipeline.layout import Frozen
 from pipeline.parent import end_with_parent
@@ -47,10 +48,13 @@ EXIT_CODES: dict[Kind, int] = {"error": 1, "input": 2, "memory": 3, "disk": 4}  
 
 
 class InputArtifact(Frozen):
+    """`files` are recorded in the store, by name below `path`; a source has none."""
+
     type: str
     path: Path
     key: str
     spec: Spec
+    files: dict[str, FileRecord] = {}
 
 
 class Request(Frozen):
@@ -75,12 +79,15 @@ class OutputArtifact(Frozen):
 
 
 class Success(Frozen):
-    """`seconds` includes the guard. Memory is in bytes: `peak_rss` counts pages shared with the fork server, `floor_rss` is what was
-    resident before the stage's `run` began, `peak_vram` what torch reserved on all GPUs. None: the system does not say; no GPU was used.
+    """`files` are those of the output, by name in it, that were hashed as they were written, checked or linked; what other processes
+    of the stage wrote is not among them. `seconds` includes the guard. Memory is in bytes: `peak_rss` counts pages shared with the fork
+    server, `floor_rss` is what was resident before the stage's `run` began, `peak_vram` what torch reserved on all GPUs. None: the
+    system does not say; no GPU was used.
     """
 
     ok: Literal[True] = True
     outputs: dict[str, OutputArtifact]
+    files: dict[str, Hashed] = {}
     seconds: float
     peak_rss: int
     floor_rss: int | None
@@ -131,7 +138,8 @@ def run_job(folder: Path) -> int:
         with open(folder / "events.jsonl", "a", encoding="utf-8") as stream:
             isolated = Isolated(request.interpreter, folder, request.output) if request.interpreter else None
             outputs, floor = _execute(request, EventLog(stream), isolated)
-        response = _success(outputs, time.monotonic() - started, floor, isolated.returned if isolated else [])
+        files = known_below(request.output)
+        response = _success(outputs, files, time.monotonic() - started, floor, isolated.returned if isolated else [])
         code = 0
     except BaseException as error:  # sys.exit() in a stage too: whatever ended it must become a sentence
         _limit_memory(None)  # so that memory is left to say so
@@ -149,13 +157,23 @@ def run_job(folder: Path) -> int:
     return code
 
 
-def _success(outputs: dict[str, OutputArtifact], seconds: float, floor: int | None, calls: list[Returned]) -> Success:
+def _success(
+    outputs: dict[str, OutputArtifact], files: dict[str, Hashed], seconds: float, floor: int | None, calls: list[Returned]
+) -> Success:
     """With the memory of whichever took more beyond its libraries: this process, or the isolated interpreter that it waited for."""
     own = (peak_rss(), floor, peak_vram())
     used = [own, *((call.peak_rss, call.floor_rss, call.peak_vram) for call in calls)]
     peak, base, vram = max(used, key=lambda memory: memory[0] - (memory[1] or 0))
     isolated = {f"isolated.{name}": value for call in calls for name, value in call.environment.items()}
-    return Success(outputs=outputs, seconds=seconds, peak_rss=peak, floor_rss=base, peak_vram=vram, environment=environment() | isolated)
+    return Success(
+        outputs=outputs,
+        files=files,
+        seconds=seconds,
+        peak_rss=peak,
+        floor_rss=base,
+        peak_vram=vram,
+        environment=environment() | isolated,
+    )
 
 
 def _execute(request: Request, log: EventLog, isolated: Isolated | None) -> tuple[dict[str, OutputArtifact], int | None]:
@@ -168,6 +186,8 @@ def _execute(request: Request, log: EventLog, isolated: Isolated | None) -> tupl
     }
     floor = resident()
     made = _by_port(request, stage.run(Context(request.output, log.emit, isolated), **inputs))
+    published = [(given.path / name, record) for given in request.inputs.values() if given for name, record in given.files.items()]
+    remember_links(request.output, ((file, record.nbytes, record.sha256) for file, record in published))
     found = {port: _guard(artifact, request.expected[port]) for port, artifact in made.items() if isinstance(artifact, Checkpoint)}
     outputs = {
         port: OutputArtifact(

@@ -46,7 +46,8 @@ class Dequantize(Stage):
         spec, formats, dtype = source.dense(), packed_formats(source), DTYPES[source.dtype]
         dense = spec.tensors()
         modules = {f"{module}.{form.stored}": module for module, form in formats.items()}
-        with CheckpointWriter(ctx.output) as writer:
+        names = [f"{modules[name]}.weight" if name in modules else name for name in reader.table]
+        with CheckpointWriter(ctx.output, {name: dense[name] for name in names if name in dense}) as writer:
             for done, name in enumerate(reader.table, 1):
                 module = modules.get(name, "")
                 if module:

@@ -16,7 +16,7 @@ from pipeline.spec import ModelSpec
 from pipeline.stage import HALVES, Context, Stage
 from pipeline.target import Memory, Target
 from stages.runtime.linked_folder import link_checkpoint
-from stages.runtime.stage_work import forward_flops, proving, reading, tokenizing
+from stages.runtime.stage_work import counting_zeros, forward_flops, reading, tokenizing
 from stages.runtime.sweep_memory import HIDDEN_STATES, sweep_memory
 
 C = TypeVar("C", bound=Checkpoint)
@@ -106,12 +106,12 @@ class KVCache(Stage):
         return Memory(ram=sweep, disk=disk)
 
     def work(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> Work:
-        """Linked files are proven and digested as any others."""
+        """Linked files are not read again, unless to count zeros. Those of a source folder are copied, but no spec tells which it is."""
         if calibration is None:
-            return proving(model)
+            return counting_zeros(model)
         samples, length = self._calibration
         sweep = self.params.products(forward_flops(model, samples * length, length, head=False))
-        return sweep + reading(model) + tokenizing(calibration) + proving(model)
+        return sweep + reading(model) + tokenizing(calibration) + counting_zeros(model)
 
     def explain(self, model: ModelSpec, calibration: DatasetSpec | None = None) -> list[str]:
         before, after = model.kv_cache, model.with_cache(self.params.mode).kv_cache

@@ -129,7 +129,7 @@ class StructuredPrune(Stage):
     def memory(self, model: ModelSpec, target: Target, calibration: DatasetSpec | None = None) -> Memory:
         """Beyond the interpreter and its libraries. The calibration sweep and the cut follow each other: the larger counts."""
         output, a, p = self._pruned(model), model.architecture, self.params
-        cut, disk = cutting_memory(p, a, output.architecture), {"checkpoint": output.nbytes}
+        cut, disk = cutting_memory(p, a), {"checkpoint": output.nbytes}
         if not p.calibrates:
             return Memory(ram=cut, disk=disk)
         sweep = sweep_memory(p.in_memory(model), p.num_samples, p.max_length)
@@ -253,15 +253,13 @@ def removal(name: str, ratio: float, before: int, after: int, left: str) -> str:
     return f"{name}: removes {actual} ({left})"
 
 
-def cutting_memory(p: StructuredPrune.Params, old: Architecture, new: Architecture) -> dict[str, int]:
+def cutting_memory(p: StructuredPrune.Params, old: Architecture) -> dict[str, int]:
     """One layer's matrices that are cut are held together, because they are scored together."""
     item, width = ITEM_BYTES[old.dtype], old.num_heads * old.head_dim
     attention = 2 * old.hidden_size * (width + old.num_kv_heads * old.head_dim) if p.prunes_heads else 0
     mlp = 3 * old.hidden_size * old.intermediate_size if p.prunes_mlp else 0
-    cut = max(new.num_heads * new.head_dim if attention else 0, new.intermediate_size if mlp else 0)  # gathered in one buffer
     return {
         "the matrices of one layer": (attention + mlp) * item,
-        "one cut matrix": cut * old.hidden_size * item,
         "rows being scored": 2 * 4 * max(1 << 17, width, old.intermediate_size),
-        "copy buffer": 4 << 20,
+        "rows being written": 1 << 20,
     }

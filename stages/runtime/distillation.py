@@ -112,7 +112,7 @@ def full_trainee(student: DenseCheckpoint, device: torch.device, progress: Progr
 
     def write(output: Path) -> None:
         if process_index() == 0:
-            with CheckpointWriter(output) as writer:
+            with CheckpointWriter(output, tensors) as writer:
                 for done, (name, value) in enumerate(values(), 1):
                     writer.add(name, value)
                     progress(done, len(tensors))

@@ -6,20 +6,21 @@ from pathlib import Path
 import torch
 
 from pipeline.companions import CACHE_FILE
+from pipeline.hashed import known
 from pipeline.headers import read_json
 from pipeline.kv_sidecar import read_cache
 from pipeline.layout import KVCacheSpec
 from pipeline.spec import ModelSpec
 from stages.runtime.cache_scales import scale_problems
+from stages.runtime.inspection import inspect
 from stages.runtime.layerwise import LayerwiseModel
 from stages.runtime.loading import load_model
 from stages.runtime.offloading import check_loads
 from stages.runtime.scoring import token_losses
 from stages.runtime.sparsity import Zeros
-from stages.runtime.tensors import DTYPES, TensorReader
+from stages.runtime.tensors import UNPLANNED, TensorReader
 from stages.runtime.windows import chunk_tokens
 
-CHUNK_BYTES = 64 << 20  # read at once when looking for nan and inf
 PROBLEMS_SHOWN = 5
 
 # Mean over tokens of |difference|, in nats. Reloaded weights are the same numbers and both models compute on the CPU, so the
@@ -35,17 +36,13 @@ def check_checkpoint(folder: Path, spec: ModelSpec) -> dict[str, float]:
     reader = TensorReader(folder)
     problems = spec.differences(reader.table) + cache_differences(folder, spec.kv_cache)
     if not problems:
-        problems = config_differences(folder, spec) + [
-            f"{name} holds nan or inf"
-            for name, entry in reader.table.items()
-            if DTYPES[entry.dtype].is_floating_point and not is_finite(reader, name)
-        ]
+        problems = config_differences(folder, spec) + [f"{name} holds nan or inf" for name in damaged_tensors(reader)]
         problems += wrong_weight_shapes(reader, spec)
     zeros = Zeros.counted(reader, spec) if spec.sparsity and not problems else None
     problems += zeros.problems if zeros else []
     if problems:
         more = f" and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        raise ValueError(f"the checkpoint is not what was planned: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}")
+        raise ValueError(f"{UNPLANNED}{'; '.join(problems[:PROBLEMS_SHOWN])}{more}")
     return {"sparsity": zeros.share} if zeros else {}
 
 
@@ -68,17 +65,12 @@ def cache_differences(folder: Path, planned: KVCacheSpec) -> list[str]:
     return scale_problems(folder, planned)
 
 
-def is_finite(reader: TensorReader, name: str) -> bool:
-    """Read once, in chunks of rows. A float32 sum carries any nan or inf along and is several times faster than isfinite;
-    only where a sum is not finite are the values themselves looked at."""
-    entry = reader.table[name]
-    rows = entry.shape[0] if entry.shape else 0
-    step = max(1, CHUNK_BYTES * rows // max(1, entry.nbytes))
-    for first in range(0, rows, step):
-        chunk = reader.read(name, rows=(first, first + step))
-        if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
-            return False
-    return True
+def damaged_tensors(reader: TensorReader) -> list[str]:
+    """Those that hold nan or inf, as was seen when their files were written or checked here. What others wrote is read once, which
+    also gives its sha256."""
+    files = {entry.file for entry in reader.table.values()}
+    damaged = {name for file in files for name in (known(file) or inspect(file)).damaged}
+    return [name for name in reader.table if name in damaged]
 
 
 def wrong_weight_shapes(reader: TensorReader, spec: ModelSpec) -> list[str]:

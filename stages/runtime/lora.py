@@ -126,7 +126,7 @@ def merge_adapter(
     """
     reader, pairs = TensorReader(source), AdapterReader(adapter)
     merged, added, lost = 0, 0.0, 0.0
-    with CheckpointWriter(output) as writer:
+    with CheckpointWriter(output, {name: (entry.dtype, entry.shape) for name, entry in reader.table.items()}) as writer:
         for done, name in enumerate(reader.table, 1):
             pair = pairs.pair(name)
             if pair is None:

@@ -178,12 +178,16 @@ def write_quantized(
     """
     reader, formats, known = TensorReader(model.path), packed_formats(spec), model.model_spec.tensors()
     names = [name for name in reader.table if name in known]  # leaves out rotary buffers and a tied copy of the embedding
-    with CheckpointWriter(ctx.output) as writer:
+    tensors, stored = spec.tensors(), {name: [name] for name in names}  # what stands in the file for each
+    for module, form in formats.items():
+        stored[f"{module}.weight"] = [f"{module}.{suffix}" for suffix in form.tensors((1, 1), spec.dtype)]
+    with CheckpointWriter(ctx.output, {part: tensors[part] for name in names for part in stored[name]}) as writer:
         for done, name in enumerate(names, 1):
             module = name.removesuffix(".weight")
             if module in formats:
-                for suffix, tensor in pack(module).items():
-                    writer.add(f"{module}.{suffix}", tensor)
+                packed = {f"{module}.{suffix}": tensor for suffix, tensor in pack(module).items()}
+                for part in dict.fromkeys((*stored[name], *packed)):
+                    writer.add(part, packed[part])
             elif dense is not None:
                 writer.add(name, dense(name))
             else:

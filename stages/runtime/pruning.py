@@ -1,11 +1,12 @@
 """Cut a checkpoint smaller while it streams by: each layer is read once, scored, gathered and written.
 
 The matrices of one layer are held at a time, in buffers that the next layer uses again; fresh pages would cost more than
-the copying itself. What is not cut goes through a small buffer from file to file.
+the copying itself. What is kept of them, and what is not cut, goes to the file through a buffer of a cache's size.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,10 @@ from stages.functional.importance import (
     neuron_magnitude,
     rows_of_heads,
 )
+from stages.runtime.inspection import BLOCK_BYTES
 from stages.runtime.tensors import CheckpointWriter, TensorReader
+
+LAYERS = "model.layers."
 
 # The tensors of a layer that are cut: (along which dimension, of which units). Norms, and the biases of what writes into the
 # residual stream (o_proj, down_proj), keep their shape.
@@ -54,38 +58,40 @@ class Pruner:
     head_scores: torch.Tensor | None = None
     neuron_scores: torch.Tensor | None = None
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    _gathered: torch.Tensor | None = None
 
     def write(self, folder: Path, kept_layers: list[int], progress: Callable[[int, int], None]) -> None:
         """Write the weights of the pruned model. `progress` takes layers done and layers in all."""
         known = ModelSpec.of(self.old).tensors()  # leaves out what old savers left: rotary buffers, a tied copy of the embedding
-        outside = [name for name in self.source.table if name in known and not name.startswith("model.layers.")]
-        with CheckpointWriter(folder) as writer:
+        outside = [name for name in self.source.table if name in known and not name.startswith(LAYERS)]
+        layer = [name.removeprefix(f"{LAYERS}0.") for name in known if name.startswith(f"{LAYERS}0.")]
+        parts, tensors = self._parts(layer), ModelSpec.of(self.new).tensors()
+        order = outside + [f"{LAYERS}{i}.{name}" for i in range(len(kept_layers)) for part in parts for name in part]
+        with CheckpointWriter(folder, {name: tensors[name] for name in order}) as writer, one_thread():
             for name in outside:
                 writer.copy(name, self.source)
             for new, old in enumerate(kept_layers):
                 progress(new, len(kept_layers))
-                self._write_layer(writer, old, new)
+                self._write_layer(writer, parts, old, new)
         progress(len(kept_layers), len(kept_layers))
 
-    def _write_layer(self, writer: CheckpointWriter, old: int, new: int) -> None:
-        source, target = f"model.layers.{old}.", f"model.layers.{new}."
-        cut: dict[str, tuple[int, str]] = {}
-        if self.new.num_heads < self.old.num_heads:
-            cut |= ATTENTION
-        if self.new.intermediate_size < self.old.intermediate_size:
-            cut |= MLP
-        names = [name.removeprefix(source) for name in self.source.table if name.startswith(source)]
-        for name in names:
-            if name not in cut and not name.endswith("rotary_emb.inv_freq"):  # left by old savers, recomputed by every reader
-                writer.copy(target + name, self.source, source + name)
-        for block, choose in ((ATTENTION, self._choose_heads), (MLP, self._choose_neurons)):
-            weights = {name: self._read(source, name) for name in names if name in cut and name in block}
-            if weights:
-                kept = choose(old, weights)
-                for name, weight in weights.items():
-                    dimension, units = cut[name]
-                    writer.add(target + name, self._gather(weight, dimension, kept[units]))
+    def _parts(self, names: list[str]) -> tuple[list[str], list[str], list[str]]:
+        """A layer's tensors in the order they are written in: those that are copied, and what is cut of the attention and of the MLP."""
+        attention = [name for name in names if name in ATTENTION and self.new.num_heads < self.old.num_heads]
+        mlp = [name for name in names if name in MLP and self.new.intermediate_size < self.old.intermediate_size]
+        return [name for name in names if name not in (*attention, *mlp)], attention, mlp
+
+    def _write_layer(self, writer: CheckpointWriter, parts: tuple[list[str], list[str], list[str]], old: int, new: int) -> None:
+        source, target = f"{LAYERS}{old}.", f"{LAYERS}{new}."
+        copied, attention, mlp = parts
+        for name in copied:
+            writer.copy(target + name, self.source, source + name)
+        for names, choose in ((attention, self._choose_heads), (mlp, self._choose_neurons)):
+            weights = {name: self._read(source, name) for name in names}
+            kept = choose(old, weights) if weights else {}
+            for name, weight in weights.items():
+                dimension, units = (ATTENTION | MLP)[name]
+                shape = cut_shape(weight, dimension, kept[units])
+                writer.add_rows(target + name, self.old.dtype, shape, gathered(weight, dimension, kept[units]))
 
     def _choose_heads(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows to keep of the query and of the key and value projections."""
@@ -112,14 +118,33 @@ class Pruner:
         self._buffers[name] = self.source.read(prefix + name, out=self._buffers.get(name))
         return self._buffers[name]
 
-    def _gather(self, weight: torch.Tensor, dimension: int, kept: torch.Tensor) -> torch.Tensor:
-        """The kept rows or columns, in a buffer that the next call overwrites."""
-        shape = [len(kept) if d == dimension else size for d, size in enumerate(weight.shape)]
-        count = math.prod(shape)
-        if self._gathered is None or self._gathered.numel() < count or self._gathered.dtype != weight.dtype:
-            self._gathered = torch.empty(count, dtype=weight.dtype)
-        out = self._gathered[:count].view(shape)
-        return gather_columns(weight, kept, out) if dimension else torch.index_select(weight, 0, kept, out=out)
+
+def cut_shape(weight: torch.Tensor, dimension: int, kept: torch.Tensor) -> list[int]:
+    return [len(kept) if d == dimension else size for d, size in enumerate(weight.shape)]
+
+
+def gathered(weight: torch.Tensor, dimension: int, kept: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The kept rows, or all rows of the kept columns, some at a time in one buffer: it stays in the core's cache until it is written."""
+    shape = cut_shape(weight, dimension, kept)
+    step = max(1, BLOCK_BYTES // (weight.itemsize * math.prod(shape[1:])))
+    buffer = torch.empty([min(step, shape[0]), *shape[1:]], dtype=weight.dtype)
+    for first in range(0, shape[0], step):
+        out = buffer[: min(step, shape[0] - first)]
+        if dimension == 0:
+            yield torch.index_select(weight, 0, kept[first : first + step], out=out)
+        else:
+            yield gather_columns(weight[first : first + step], kept, out)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work on blocks of a cache's size: torch would share out each, which costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pruned_config(config: Mapping[str, Any], new: Architecture, kept_layers: list[int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ By magnitude, each weight is read, masked and written. Calibrated, each layer se
 hand it on: its inputs are gathered in one forward, its weights pruned, and a second forward computes what the next layer sees.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,9 @@ def prune_by_magnitude(folder: Path, output: Path, spec: ModelSpec, count: Count
     """Write to `output` the checkpoint `folder`, which `spec` describes. `progress` counts tensors. ValueError for nan or inf."""
     reader = TensorReader(folder)
     sparse = {f"{name}.weight" for group in spec.sparse_groups for name in group.module_names}
-    names = list(spec.tensors())
-    with CheckpointWriter(output) as writer:
-        for done, name in enumerate(names, 1):
+    tensors = spec.tensors()
+    with CheckpointWriter(output, tensors) as writer:
+        for done, name in enumerate(tensors, 1):
             if name in sparse:
                 weight = reader.read(name)
                 if not weight.isfinite().all():
@@ -62,7 +63,7 @@ def prune_by_magnitude(folder: Path, output: Path, spec: ModelSpec, count: Count
                 writer.add(name, weight.masked_fill_(magnitude_mask(weight, count(weight.shape)), 0))
             else:
                 writer.copy(name, reader)
-            progress(done, len(names))
+            progress(done, len(tensors))
 
 
 def prune_calibrated(
@@ -104,12 +105,15 @@ def prune_calibrated(
             for name in names:
                 weight = layer.get_parameter(f"{name}.weight")
                 weight.copy_(method.prune(weight, settled).to(stored))  # the next layer sees what is stored
-        for name, tensor in layer.state_dict().items():
-            writer.add(f"model.layers.{i}.{name}", tensor.to("cpu", stored))
+        state = layer.state_dict()
+        for name in layers[i]:
+            writer.add(name, state[name.removeprefix(f"model.layers.{i}.")].to("cpu", stored))
         progress(i + 1, len(model.layers))
 
-    with CheckpointWriter(output) as writer:
-        for name in model.spec.tensors():
-            if not name.startswith("model.layers."):
-                writer.copy(name, model.reader)
+    tensors = model.spec.tensors()
+    outside = [name for name in tensors if not name.startswith("model.layers.")]
+    layers = [[name for name in tensors if name.startswith(f"model.layers.{i}.")] for i in range(len(model.layers))]
+    with CheckpointWriter(output, {name: tensors[name] for name in itertools.chain(outside, *layers)}) as writer:
+        for name in outside:
+            writer.copy(name, model.reader)
         model.sweep(micro_batches(windows), on_layer=on_layer, revise=revise)

@@ -28,11 +28,11 @@ PACKED = 50e6  # weights rounded and packed: 47e6 to 76e6, by bits and zero poin
 UNPACKED = 50e6  # weights multiplied out: 26e6 to 71e6
 CLIPPED = 60e6  # weights rounded, in bf16, with one share of their group's range
 ROUNDED = 130e6  # weights rounded for a forward, in bf16
-CHECKED = 1.0e9  # bytes of bf16 searched for nan and inf
 # Of what one core does alone:
 CUT = 1.1e9  # weights scored by magnitude (2.6e9) and gathered (2.0e9)
 MERGED = 1.6e9  # weights to which an adapter of rank 16 is added
 HASHED = 1.8e9  # bytes digested by sha256, on a core with instructions for it
+CHECKED = 16e9  # bytes searched for nan and inf as they pass by to be digested
 TOKENIZED = 2.5e6  # bytes of text
 
 # Bytes moved in the memory of the device that computes:
@@ -86,18 +86,18 @@ def calibrated_clipping(packed: ModelSpec, observer: Observer) -> Work:
 
 
 def digesting(nbytes: float) -> Work:
-    """Of published files, read once for it."""
+    """Of published files that a library wrote, read once for it."""
     return Work(disk=nbytes, cpu=nbytes / HASHED)
 
 
-def proving(checkpoint: ModelSpec) -> Work:
-    """Of a checkpoint that is on disk: every value is looked at, zeros are counted where there must be some, then every byte digested."""
-    counting = reading(checkpoint) if checkpoint.sparsity else Work()
-    return digesting(checkpoint.nbytes) + Work(disk=checkpoint.nbytes, cpu_shared=checkpoint.nbytes / CHECKED) + counting
+def counting_zeros(checkpoint: ModelSpec) -> Work:
+    """Of a checkpoint that is on disk, where there must be some; any other is not read again."""
+    return reading(checkpoint) if checkpoint.sparsity else Work()
 
 
 def publishing(checkpoint: ModelSpec) -> Work:
-    return Work(disk=checkpoint.nbytes) + proving(checkpoint)
+    """Every byte is digested and every value looked at while it is written."""
+    return Work(disk=checkpoint.nbytes, cpu=checkpoint.nbytes * (1 / HASHED + 1 / CHECKED)) + counting_zeros(checkpoint)
 
 
 def merging(model: ModelSpec) -> Work:

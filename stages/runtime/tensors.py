@@ -1,14 +1,15 @@
 """Read and write safetensors checkpoints tensor by tensor, holding neither a model nor a shard.
 
 Reading is `readinto` a buffer and not a memory map: a map's file pages count as the process's memory for as long as any
-view of them lives, and a view that outlives its file keeps the whole map. Writing streams: the room for a shard's header
-is reserved first (the format pads headers with spaces), the data follows as it comes, the header is filled in last. So a
-file that was cut short has an empty header and no reader takes it for a checkpoint.
+view of them lives, and a view that outlives its file keeps the whole map. Writing streams: what will be written is known from a
+model's spec before its first weight, so a shard's header comes first, and all of the file passes by in order, once, to be hashed.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -16,7 +17,8 @@ from typing import Any, BinaryIO, Self
 import torch
 
 from pipeline.companions import companion_files
-from pipeline.headers import CheckpointFileError, TensorEntry, tensor_table
+from pipeline.headers import ITEM_BYTES, CheckpointFileError, TensorEntry, tensor_table
+from stages.runtime.inspection import BLOCK_BYTES, Inspection, blocks, fill
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -27,8 +29,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SHARD_BYTES = 5 * 10**9
-HEADER_ROOM = 1 << 16  # a shard's data begins here, on a page boundary; about 450 tensors fit in its header
-COPY_BYTES = 4 << 20  # a plain copy goes through a buffer of this size
+PAGE = 4096  # a shard's data begins on a page boundary
+UNPLANNED = "the checkpoint is not what was planned: "
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -70,28 +72,20 @@ class TensorReader:
         return out
 
 
-def fill(buffer: memoryview, stream: Any, name: str) -> None:
-    """Read until `buffer` is full: one call of read(2) returns at most 2 GiB."""
-    done = 0
-    while done < len(buffer):
-        count = stream.readinto(buffer[done:])
-        if not count:
-            raise CheckpointFileError(f"{stream.name} is truncated within {name}; copy it again")
-        done += count
-
-
 class CheckpointWriter:
-    """Write a checkpoint's tensors in the order they come; a context manager.
+    """Write the tensors of a checkpoint, (dtype, shape) by name, in their order; a context manager.
 
-    One shard becomes `model.safetensors`; several become `model-00001-of-0000N.safetensors` with an index. Leaving the
-    context by an exception leaves only `*.partial` files, which the next writer of the folder removes.
+    One shard becomes `model.safetensors`; several become `model-00001-of-0000N.safetensors` with an index. Each is hashed, and
+    searched for nan and inf, as it is written, so that nobody reads it for that again. Leaving the context by an exception leaves
+    only `*.partial` files, which the next writer of the folder removes. ValueError where another tensor comes than was announced.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.shards: list[dict[str, dict[str, Any]]] = []  # the header of each shard
-        self.stream: BinaryIO | None = None
-        self.header_bytes = self.data_bytes = 0  # of the open shard
+    def __init__(self, folder: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shards = split_into_shards(tensors, shard_bytes)
+        self._coming = deque((number, name) for number, shard in enumerate(self.shards) for name in shard)
+        self._written: list[Inspection] = []  # of the shards begun so far
+        self._stream: BinaryIO | None = None  # of the last of them
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,80 +94,82 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            if self.stream is not None:
-                self.stream.close()
-            return
-        if not self.shards:
+        if kind is None and not self._written:  # a checkpoint of no tensors
             self._open_shard()
-        self._close_shard()
+        if self._stream is not None:
+            self._stream.close()
+        if kind is not None:
+            return
+        if self._coming:
+            raise ValueError(f"{UNPLANNED}{self._coming[0][1]} is missing")
         self._publish()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Memory beyond the tensor is used only where it is not contiguous."""
-        tensor = tensor.detach().contiguous()
-        stream = self._place(name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes)
-        if tensor.numel():
-            write_all(stream, as_bytes(tensor))
+        self.add_rows(name, DTYPE_NAMES[tensor.dtype], tensor.shape, [tensor])
+
+    def add_rows(self, name: str, dtype: str, shape: Sequence[int], parts: Iterable[torch.Tensor]) -> None:
+        """Write one tensor, some rows after the other; a part's memory may be used again when the next one is asked for."""
+        self._expect(name, dtype, shape)
+        nbytes = 0
+        for part in parts:
+            assert DTYPE_NAMES[part.dtype] == dtype, f"{name}: rows of {part.dtype}"
+            nbytes += part.nbytes
+            for block in blocks(as_bytes(part.detach().contiguous())) if part.numel() else ():
+                self._write(block, name, dtype)
+        assert nbytes == math.prod(shape) * ITEM_BYTES[dtype], f"{name}: {nbytes:,} bytes are not {list(shape)}"
 
     def copy(self, name: str, reader: TensorReader, source: str | None = None) -> None:
         """Write the tensor `source` (default: of the same name) of another checkpoint, through one small buffer."""
         entry = reader.entry(source or name)
-        target = self._place(name, entry.dtype, list(entry.shape), entry.nbytes)
-        buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
+        self._expect(name, entry.dtype, entry.shape)
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, entry.nbytes)))
         with open(entry.file, "rb", buffering=0) as stream:
             stream.seek(entry.offset)
-            for start in range(0, entry.nbytes, COPY_BYTES):
-                part = buffer[: min(COPY_BYTES, entry.nbytes - start)]
-                fill(part, stream, name)
-                write_all(target, part)
+            for start in range(0, entry.nbytes, BLOCK_BYTES):
+                block = buffer[: min(BLOCK_BYTES, entry.nbytes - start)]
+                fill(block, stream, name)
+                self._write(block, name, entry.dtype)
 
-    def _place(self, name: str, dtype: str, shape: list[int], nbytes: int) -> BinaryIO:
-        """Enter a tensor into the open shard's header, or a new shard's, and return the file to write its data to."""
-        assert all(name not in shard for shard in self.shards), f"{name} was written before"
-        row = {"dtype": dtype, "shape": shape, "data_offsets": [self.data_bytes, self.data_bytes + nbytes]}
-        room = len(json.dumps({name: row})) + 32  # offsets in another shard are never longer than that
-        full = self.data_bytes > 0 and self.data_bytes + nbytes > self.shard_bytes
-        if self.stream is None or full or self.header_bytes + room > HEADER_ROOM - 8:
+    def _expect(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        """ValueError unless that tensor is the next one; its file is open then."""
+        number, planned = self._coming[0] if self._coming else (0, None)
+        if name != planned:
+            raise ValueError(f"{UNPLANNED}{name} comes where {planned or 'nothing more'} is expected")
+        row = self.shards[number][name]
+        if (dtype, list(shape)) != (row["dtype"], row["shape"]):
+            raise ValueError(f"{UNPLANNED}{name} is {dtype} {list(shape)}, expected {row['dtype']} {row['shape']}")
+        self._coming.popleft()
+        if number == len(self._written):
             self._open_shard()
-            row["data_offsets"] = [0, nbytes]
-        assert self.stream is not None
-        self.shards[-1][name] = row
-        self.header_bytes += room
-        self.data_bytes += nbytes
-        return self.stream
 
     def _open_shard(self) -> None:
-        if self.stream is not None:
-            self._close_shard()
-        self.shards.append({})
-        self.stream = open(self._partial(len(self.shards)), "wb", buffering=0)  # noqa: SIM115 (closed by _close_shard or __exit__)
-        self.stream.seek(HEADER_ROOM)
-        self.header_bytes, self.data_bytes = 64, 0  # 64: braces and the metadata entry
+        """Close the one before, and write the header of the next."""
+        if self._stream is not None:
+            self._stream.close()
+        self._written.append(Inspection())
+        self._stream = open(self._partial(len(self._written)), "wb", buffering=0)  # noqa: SIM115 (closed here or by __exit__)
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self.shards[len(self._written) - 1]}).encode()
+        header = header.ljust(-(-(len(header) + 8) // PAGE) * PAGE - 8)
+        self._write(memoryview(len(header).to_bytes(8, "little") + header))
 
-    def _close_shard(self) -> None:
-        """Fill in the header: its length, the JSON, and spaces up to the data."""
-        assert self.stream is not None
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self.shards[-1]}).encode().ljust(HEADER_ROOM - 8)
-        assert len(header) == HEADER_ROOM - 8, "the header outgrew its room"
-        self.stream.seek(0)
-        write_all(self.stream, memoryview(len(header).to_bytes(8, "little") + header))
-        self.stream.close()
-        self.stream = None
+    def _write(self, block: memoryview, name: str = "", dtype: str = "") -> None:
+        assert self._stream is not None
+        self._written[-1].see(block, name, dtype)
+        write_all(self._stream, block)
 
     def _publish(self) -> None:
         """Give the shards their names, which hold their number, and write the index where there are several."""
         count = len(self.shards)
-        if count == 1:
-            self._partial(1).rename(self.folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(self.shards, 1):
-            name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        numbered = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = numbered if count > 1 else ["model.safetensors"]
+        for number, (name, inspection) in enumerate(zip(names, self._written, strict=True), 1):
             self._partial(number).rename(self.folder / name)
-            weight_map |= dict.fromkeys(shard, name)
-        total = sum(row["data_offsets"][1] - row["data_offsets"][0] for shard in self.shards for row in shard.values())
-        self._index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+            inspection.remember(self.folder / name)
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
+            total = sum(row["data_offsets"][1] - row["data_offsets"][0] for shard in self.shards for row in shard.values())
+            self._index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
 
     @property
     def _index(self) -> Path:
@@ -181,6 +177,20 @@ class CheckpointWriter:
 
     def _partial(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.partial"
+
+
+def split_into_shards(tensors: Mapping[str, tuple[str, Sequence[int]]], shard_bytes: int) -> list[dict[str, dict[str, Any]]]:
+    """The header of each shard: the rows of its tensors by name. A tensor larger than a shard has one of its own."""
+    shards: list[dict[str, dict[str, Any]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+        if size > 0 and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, size + nbytes]}
+        size += nbytes
+    return shards
 
 
 def write_all(stream: BinaryIO, data: memoryview) -> None:

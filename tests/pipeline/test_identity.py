@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from pipeline import identity
-from pipeline.artifact import DenseCheckpoint
+from pipeline.artifact import DenseCheckpoint, sha256_file
 from pipeline.identity import DigestMemo, canonical, data_key, folder_key, hub_key, model_files, non_default, stage_key
 from pipeline.stage import Context, Stage
 
@@ -106,6 +106,28 @@ def test_the_memo_sees_that_another_file_took_the_place(tmp_path: Path) -> None:
     os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     other.replace(file)
     assert memo.known(file) is None
+
+
+def test_files_hashed_side_by_side_have_their_own_digests_and_are_remembered(tmp_path: Path) -> None:
+    files = [tmp_path / str(i) for i in range(20)]
+    for i, file in enumerate(files):
+        file.write_bytes(bytes([i]) * (i << 12))
+    memo = DigestMemo(tmp_path / "memo.json")
+    memo.compute(files[3])
+    assert memo.compute_all(files) == [sha256_file(file) for file in files]
+    memo.save()
+    again = DigestMemo(tmp_path / "memo.json")
+    assert [again.known(file) for file in files] == [sha256_file(file) for file in files]
+    time.sleep(0.02)  # longer than the clock of a file system's change times ticks
+    files[5].write_bytes(b"changed")
+    assert again.compute_all(files) == [sha256_file(file) for file in files]
+
+
+def test_a_file_that_cannot_be_read_is_the_system_s_own_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"one")
+    with pytest.raises(IsADirectoryError):
+        DigestMemo(tmp_path / "memo.json").compute_all([tmp_path / "file", tmp_path / "folder"])
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"/x": 5}', '{"/x": [1, 2, "old form"]}', "\x00", "[" * 100_000])

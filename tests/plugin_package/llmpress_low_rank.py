@@ -53,16 +53,16 @@ class LowRank(Stage):
         from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions
 
         reader, device, ranks = TensorReader(model.path), resolve_device(self.execution.device), []
-        names = list(model.model_spec.tensors())
-        with CheckpointWriter(ctx.output) as writer:  # tensor by tensor: the model is never in memory
-            for done, name in enumerate(names, 1):
+        tensors = model.model_spec.tensors()
+        with CheckpointWriter(ctx.output, tensors) as writer:  # tensor by tensor: the model is never in memory
+            for done, name in enumerate(tensors, 1):
                 if name.endswith(TRUNCATED):
                     weight, rank = truncate(reader.read(name).to(device), self.params.energy)
                     writer.add(name, weight.cpu())
                     ranks.append(rank)
                 else:
                     writer.copy(name, reader)
-                ctx.progress("truncating", done, len(names))
+                ctx.progress("truncating", done, len(tensors))
         copy_companions(model.path, ctx.output, model.config)
         full = min(model.model_spec.architecture.hidden_size, model.model_spec.architecture.intermediate_size)
         ctx.note(f"ranks kept of {full}: {', '.join(map(str, ranks))}")

@@ -1,12 +1,15 @@
 """Small random checkpoints of every supported architecture, complete with a working tokenizer, for tests to compress."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from stages.runtime.tensors import DTYPE_NAMES, CheckpointWriter
 
 TEXT = (
     "A stage reads shapes and bytes, then it reads weights.",
@@ -54,6 +57,14 @@ def make_checkpoint(
                 parameter.copy_(0.15 * torch.randn_like(parameter, dtype=torch.float32))
     model.save_pretrained(folder, max_shard_size=shard_size)
     save_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], **settings: int) -> Path:
+    """Write the weights of a checkpoint, in their order, by llmpress's own writer."""
+    with CheckpointWriter(folder, {name: (DTYPE_NAMES[t.dtype], t.shape) for name, t in tensors.items()}, **settings) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
     return folder
 
 

@@ -19,8 +19,8 @@ from stages.rtn import RTN
 from stages.runtime import guard
 from stages.runtime.guard import check_checkpoint
 from stages.runtime.smoothing import smoothings
-from stages.runtime.tensors import CheckpointWriter, TensorReader
-from tests.stages.models import make_checkpoint, write_documents
+from stages.runtime.tensors import TensorReader
+from tests.stages.models import make_checkpoint, save_tensors, write_documents
 
 SMALL = {"num_bits": 4, "group_size": 32, "num_samples": 8, "max_length": 64, "n_grid": 8}
 DATA = DatasetSpec(split="calibration", digest="0", nbytes=1000)
@@ -37,10 +37,7 @@ def calibrate(
 def rewrite(source: Path, change: Any) -> None:
     """Replace each tensor of a one-file checkpoint by `change(name, tensor)`."""
     reader = TensorReader(source)
-    tensors = {name: change(name, reader.read(name)) for name in reader.table}
-    with CheckpointWriter(source) as writer:
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
+    save_tensors(source, {name: change(name, reader.read(name)) for name in reader.table})
 
 
 def enlarge_some_channels(source: Path, factor: float = 24.0) -> None:

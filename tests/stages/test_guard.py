@@ -13,7 +13,7 @@ from pipeline.companions import SCALES_FILE
 from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.stage import Context
 from stages.rtn import RTN
-from stages.runtime import guard
+from stages.runtime import inspection
 from stages.runtime.guard import check_checkpoint, check_probe
 from stages.runtime.loading import load_model
 from stages.runtime.scoring import token_losses
@@ -77,9 +77,9 @@ def test_a_config_that_is_not_the_files(packed: QuantizedCheckpoint, change: Cal
         check_checkpoint(packed.path, packed.spec)
 
 
-def test_large_but_finite_weights_pass_in_small_chunks(packed: QuantizedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their float32 sum overflows; only then are the values looked at."""
-    monkeypatch.setattr(guard, "CHUNK_BYTES", 1000)
+def test_large_but_finite_weights_pass_in_small_blocks(packed: QuantizedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sum overflows, none of them does."""
+    monkeypatch.setattr(inspection, "BLOCK_BYTES", 1000)
     edit_weights(packed.path, lambda w: w["lm_head.weight"].fill_(3e38))
     check_checkpoint(packed.path, packed.spec)
     edit_weights(packed.path, lambda w: w["lm_head.weight"][300].fill_(-torch.inf))

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from stages.runtime import vocabulary
 from stages.runtime.layerwise import LayerwiseModel, micro_batches, token_pieces
-from stages.runtime.tensors import CheckpointWriter, TensorReader
-from tests.stages.models import DIMENSIONS, make_checkpoint
+from stages.runtime.tensors import TensorReader
+from tests.stages.models import DIMENSIONS, make_checkpoint, save_tensors
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -127,18 +127,19 @@ def pack(source: Path, target: Path, bits: int, symmetric: bool, ignore: tuple[s
     )  # fmt: skip
     scheme = quantization.config_groups["group_0"]
     compressor, reader = BaseCompressor.get_value_from_registry("pack-quantized"), TensorReader(source)
-    with CheckpointWriter(target) as writer:
-        for name in reader.table:
-            weight = reader.read(name)
-            if "norm" in name or "embed" in name or name.removesuffix(".weight") in ignore:
-                writer.add(name, weight)
-                continue
-            groups = weight.unflatten(1, (-1, 32))
-            scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-            state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
-            for suffix, tensor in compressor.compress(state, scheme).items():
-                if tensor is not None and not (symmetric and suffix == "weight_zero_point"):
-                    writer.add(name.removesuffix("weight") + suffix, tensor)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in reader.table:
+        weight = reader.read(name)
+        if "norm" in name or "embed" in name or name.removesuffix(".weight") in ignore:
+            tensors[name] = weight
+            continue
+        groups = weight.unflatten(1, (-1, 32))
+        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
+        for suffix, tensor in compressor.compress(state, scheme).items():
+            if tensor is not None and not (symmetric and suffix == "weight_zero_point"):
+                tensors[name.removesuffix("weight") + suffix] = tensor
+    save_tensors(target, tensors)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = json.loads(quantization.model_dump_json())
     (target / "config.json").write_text(json.dumps(config))

@@ -19,8 +19,8 @@ from stages.runtime import guard, packing
 from stages.runtime.loading import load_model
 from stages.runtime.offloading import check_loads, layers_keep_weights, model_in_ram, model_on_disk
 from stages.runtime.scoring import token_losses
-from stages.runtime.tensors import CheckpointWriter, TensorReader
-from tests.stages.models import make_checkpoint, write_documents
+from stages.runtime.tensors import TensorReader
+from tests.stages.models import make_checkpoint, save_tensors, write_documents
 
 SMALL = {"num_bits": 4, "group_size": 32, "num_samples": 8, "max_length": 64}
 DATA = DatasetSpec(split="calibration", digest="0", nbytes=1000)
@@ -38,10 +38,7 @@ def quantize(name: str, source: Path, output: Path, offload: str, emit: Any = la
 def drop(source: Path, name: str) -> None:
     """Rewrite a one-file checkpoint without the tensor `name`."""
     reader = TensorReader(source)
-    tensors = {kept: reader.read(kept) for kept in reader.table if kept != name}
-    with CheckpointWriter(source) as writer:
-        for kept, tensor in tensors.items():
-            writer.add(kept, tensor)
+    save_tensors(source, {kept: reader.read(kept) for kept in reader.table if kept != name})
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])

@@ -20,10 +20,10 @@ from pipeline.target import Target
 from stages.functional.sparsity import add_products, inverse_factor, sparsegpt
 from stages.runtime.guard import check_checkpoint
 from stages.runtime.sparsity import four_zeros, sparse_weights
-from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions
+from stages.runtime.tensors import TensorReader, copy_companions
 from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.sparse_prune import SparsePrune
-from tests.stages.models import make_checkpoint, write_documents
+from tests.stages.models import make_checkpoint, save_tensors, write_documents
 
 pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
 
@@ -140,9 +140,9 @@ def test_the_same_input_gives_the_same_bytes(source: DenseCheckpoint, text: Data
 
 def test_a_damaged_model_is_not_pruned(source: DenseCheckpoint, text: Dataset, tmp_path: Path) -> None:
     tensors = TensorReader(source.path)
-    with CheckpointWriter(tmp_path / "damaged") as writer:
-        for name in tensors.table:
-            writer.add(name, tensors.read(name) * (float("nan") if name == "model.layers.1.mlp.up_proj.weight" else 1))
+    weights = {name: tensors.read(name) for name in tensors.table}
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan)
+    save_tensors(tmp_path / "damaged", weights)
     copy_companions(source.path, tmp_path / "damaged", source.config)
     damaged = as_checkpoint(tmp_path / "damaged")
     with pytest.raises(ValueError, match="inputs of layer 1 are nan or infinite"):
@@ -259,9 +259,8 @@ def test_a_stage_that_loses_zeros_does_not_go_unsaid(sparse: DenseCheckpoint, tm
     broken = "model.layers.1.mlp.up_proj.weight"
 
     def write(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-        with CheckpointWriter(folder) as writer:
-            for name in tensors.table:
-                writer.add(name, change(tensors.read(name)) if name == broken else tensors.read(name))
+        weights = {name: tensors.read(name) for name in tensors.table}
+        save_tensors(folder, weights | {broken: change(weights[broken])})
         copy_companions(sparse.path, folder, sparse.config)
         return folder
 

@@ -14,10 +14,10 @@ from pipeline.artifact_spec import DatasetSpec
 from pipeline.headers import tensor_table
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context
-from stages.runtime.tensors import CheckpointWriter, TensorReader, copy_companions
+from stages.runtime.tensors import TensorReader, copy_companions
 from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.structured_prune import StructuredPrune
-from tests.stages.models import make_checkpoint, write_documents
+from tests.stages.models import make_checkpoint, save_tensors, write_documents
 from tests.stages.test_layerwise import LLAMA3_ROPE
 
 pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
@@ -202,12 +202,10 @@ def test_what_old_savers_left_in_the_files_is_not_carried_along(tmp_path: Path) 
     """Rotary buffers and a copy of the tied embedding: every reader ignores them."""
     source = make_checkpoint(tmp_path / "source", tie_word_embeddings=True)
     tensors = TensorReader(source)
-    with CheckpointWriter(tmp_path / "old") as writer:
-        for name in tensors.table:
-            writer.copy(name, tensors)
-        writer.add("lm_head.weight", tensors.read("model.embed_tokens.weight"))
-        writer.add("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8))
-        writer.add("model.rotary_emb.inv_freq", torch.ones(8))
+    weights = {name: tensors.read(name) for name in tensors.table}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = weights["model.rotary_emb.inv_freq"] = torch.ones(8)
+    save_tensors(tmp_path / "old", weights)
     copy_companions(source, tmp_path / "old", DenseCheckpoint(source).config)
     old, _ = prune(tmp_path / "old", tmp_path / "from_old", **WIDTH)
     clean, _ = prune(source, tmp_path / "from_clean", **WIDTH)
@@ -218,9 +216,9 @@ def test_what_old_savers_left_in_the_files_is_not_carried_along(tmp_path: Path) 
 def test_a_model_that_overflows_is_not_ranked(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     tensors = TensorReader(source)
-    with CheckpointWriter(tmp_path / "damaged") as writer:
-        for name in tensors.table:
-            writer.add(name, tensors.read(name) * (float("nan") if name == "model.layers.1.mlp.up_proj.weight" else 1))
+    weights = {name: tensors.read(name) for name in tensors.table}
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan)
+    save_tensors(tmp_path / "damaged", weights)
     copy_companions(source, tmp_path / "damaged", DenseCheckpoint(source).config)
     calibration = write_documents(tmp_path / "calibration.jsonl")
     with pytest.raises(ValueError, match=r"activations of layer 1 are nan or infinite"):

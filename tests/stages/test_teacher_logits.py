@@ -23,10 +23,10 @@ from stages.rtn import RTN
 from stages.runtime import logits_layout, vocabulary
 from stages.runtime.loading import load_model
 from stages.runtime.teacher_logits import StoredLogits, Teacher, store_logits
-from stages.runtime.tensors import CheckpointWriter, TensorReader
+from stages.runtime.tensors import TensorReader
 from stages.runtime.text import calibration_windows, load_tokenizer
 from stages.teacher_logits import RecordTeacher
-from tests.stages.models import make_checkpoint, save_tokenizer, write_documents
+from tests.stages.models import make_checkpoint, save_tensors, save_tokenizer, write_documents
 
 pytestmark = pytest.mark.usefixtures("bf16_units")  # what is planned is planned for a processor that has them
 
@@ -181,9 +181,7 @@ def test_a_teacher_that_computes_nan_is_refused(tmp_path: Path) -> None:
     reader = TensorReader(folder)
     weights = {name: reader.read(name) for name in reader.table}
     weights["model.norm.weight"][3] = torch.nan
-    with CheckpointWriter(folder) as writer:
-        for name, weight in weights.items():
-            writer.add(name, weight)
+    save_tensors(folder, weights)
     for execution in (RESIDENT, LAYERWISE):
         with pytest.raises(ValueError, match="the teacher's logits are nan or infinite on the training text"):
             record(tmp_path / execution["mode"], as_checkpoint(folder), text(tmp_path), execution)
