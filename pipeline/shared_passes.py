@@ -1,12 +1,11 @@
 """No forward pass twice: what several stages of a plan would compute of one model and one text is computed once, stored, and read by each.
 
-    quickstart: 12 passes over the evaluation text        6 of them, and 2 stored
-    evaluate@source   source                              hidden_states@source   source
-    evaluate          prune, source                       evaluate@source
-    ...                                                   evaluate               prune
-    evaluate@4        quantize, source                    hidden_states@quantize quantize
-    evaluate@5        kv_cache, quantize, source          evaluate@4
-                                                          evaluate@5             kv_cache
+    what each evaluation is about                      what each node then computes
+                                                       hidden_states@source     source
+    evaluate@source   source                           evaluate@source
+                                                       hidden_states@quantize   quantize
+    evaluate          quantize, source                 evaluate
+    evaluate@2        kv_cache, quantize, source       evaluate@2               kv_cache
 
 Stages say which passes they make (`Stage.passes`). A pass that is made once is not stored, and nothing is where all who would read it are
 in the store already: what is derived is no part of a key, so a plan may do without it at any time. A model that was only given an INT8

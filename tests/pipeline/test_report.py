@@ -37,13 +37,14 @@ def test_a_complete_run_is_told_stage_by_stage(model: Path, tmp_path: Path) -> N
     plan = plan_of(model, tmp_path)
     report = run(plan, tmp_path)
     assert report.verdict == "complete"
-    assert [(s.name, s.status) for s in report.stages] == [(n, "ran") for n in ("evaluate@source", "prune", "quantize", "evaluate")]
-    quantize = report.stages[2]
+    names = ("hidden_states@source", "evaluate@source", "prune", "quantize", "evaluate")
+    assert [(s.name, s.status) for s in report.stages] == [(n, "ran") for n in names]
+    quantize = report.stages[3]
     assert quantize.bytes == quantize.planned_bytes == report.metrics["nbytes"]
     assert report.metrics["compression_ratio"] == pytest.approx(report.source["nbytes"] / report.metrics["nbytes"], rel=1e-3)
     assert (report.metrics["perplexity"], report.metrics["reference_perplexity"]) == (8.0, 5.0)
     assert report.source["perplexity"] == 5.0
-    assert (report.metrics["stages_ran"], report.metrics["stages_hit"]) == (4, 0)
+    assert (report.metrics["stages_ran"], report.metrics["stages_hit"]) == (5, 0)
     assert report.final is not None
     assert (report.final.node, report.final.type, report.final.num_bits) == ("quantize", "QuantizedCheckpoint", 4)
     assert report.final.path.endswith(f"{plan.digest[:12]}/model")
@@ -66,8 +67,8 @@ def test_a_second_run_is_all_hits_with_the_first_ones_seconds(model: Path, tmp_p
 def test_a_failure_keeps_what_was_reached(model: Path, tmp_path: Path) -> None:
     plan = plan_of(model, tmp_path)
     report = run(plan, tmp_path, StageFailed("quantize", "out of memory"), fail="quantize")
-    assert [stage.status for stage in report.stages] == ["ran", "ran", "failed", "not reached"]
-    failed = report.stages[2]
+    assert [stage.status for stage in report.stages] == ["ran", "ran", "ran", "failed", "not reached"]
+    failed = report.stages[3]
     assert failed.log == "/logs/quantize/log.txt"
     assert "out of memory: 9 GB needed, 8 GB there" in failed.notes
     assert (report.verdict, report.final, report.error) == ("failed", None, "quantize: out of memory")
@@ -76,7 +77,7 @@ def test_a_failure_keeps_what_was_reached(model: Path, tmp_path: Path) -> None:
 
 def test_an_interrupted_stage_is_not_called_failed(model: Path, tmp_path: Path) -> None:
     report = run(plan_of(model, tmp_path), tmp_path, Interrupted("stopped"), stop="prune")
-    assert [stage.status for stage in report.stages] == ["ran", "interrupted", "not reached", "not reached"]
+    assert [stage.status for stage in report.stages] == ["ran", "ran", "interrupted", "not reached", "not reached"]
     assert report.verdict == "interrupted"
 
 
@@ -93,7 +94,7 @@ def test_the_table_reads_at_80_columns_and_in_a_pipe(model: Path, tmp_path: Path
     assert table[0].split() == ["stage", "time", "size", "bits/w", "ppl", "vs", "source", "KL"]
     assert table[1].split() == ["source", "12.5", "s", "1.33", "MB", "16.00", "5"]
     assert table[3].split() == ["quantize", "12.5", "s", "364", "KB", "6.19", "8", "+60.0", "%", "0.3"]
-    assert table[4].split() == ["evaluation", "12.5", "s"]
+    assert table[4].split() == ["evaluation", "25.0", "s"], "with the source's hidden states, which it reads"
     assert "\x1b" not in text
     assert text.isascii()
 
@@ -168,11 +169,12 @@ def test_a_model_measured_after_each_stage_makes_a_waterfall(model: Path, tmp_pa
     columns, rows = table_of(report)
     change = {row[0]: row[columns.index("change")] for row in rows}
     assert change == {"source": "", "prune": "+60.0 %", "quantize": "+0.0 %", "evaluation": ""}
-    assert dict(zip(columns, rows[-1], strict=True))["time"] == "25.0 s"
+    assert dict(zip(columns, rows[-1], strict=True))["time"] == "37.5 s"
 
 
 def test_a_measurement_that_was_not_reached_has_a_row_of_its_own(model: Path, tmp_path: Path) -> None:
     report = run(plan_of(model, tmp_path), tmp_path, StageFailed("quantize", "out of memory"), fail="quantize")
     assert [row[:2] for row in table_of(report)[1]] == [
         ("source", "12.5 s"), ("prune", "12.5 s"), ("quantize", "failed"), ("evaluate (of quantize)", "not reached"),
+        ("evaluation", "12.5 s"),
     ]  # fmt: skip

@@ -224,7 +224,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     (pipeline,) = pipelines(client)
     assert (pipeline.info.status, pipeline.data.tags["llmpress.verdict"]) == ("KILLED", "interrupted")
-    assert statuses(client) == {"prune": "FINISHED", "evaluate": "FINISHED", "rtn4g64": "KILLED"}
+    finished = {"hidden_states": "FINISHED", "evaluate": "FINISHED", "prune": "FINISHED"}
+    assert statuses(client) == {**finished, "rtn4g64": "KILLED"}
     assert Recorded.read(folder) is None  # so the next run is recorded whatever it finds
 
 
@@ -235,7 +236,8 @@ def test_a_stage_stopped_by_ctrl_c_does_not_stay_running(model: Path, tmp_path: 
     client = replay(tmp_path, folder_of(plan, tmp_path))
     (pipeline,) = pipelines(client)
     assert (pipeline.info.status, pipeline.data.tags["llmpress.verdict"]) == ("KILLED", "interrupted")
-    assert statuses(client) == {"prune": "FINISHED", "evaluate": "FINISHED", "rtn4g64": "KILLED"}
+    finished = {"hidden_states": "FINISHED", "evaluate": "FINISHED", "prune": "FINISHED"}
+    assert statuses(client) == {**finished, "rtn4g64": "KILLED"}
     (stopped,) = found(client, condition="tags.`llmpress.status` = 'interrupted'")
     assert (stopped.info.run_name, stopped.info.status) == ("3 quantize", "KILLED")
     execution = client.get_run(stopped.data.tags["stage_run_id"])
@@ -257,15 +259,16 @@ def test_running_again_updates_the_pipeline_and_hits_point_to_the_execution(mode
     run(plan, tmp_path, Unrecorded)
     (again,) = pipelines(replay(tmp_path, folder))
     assert (again.info.run_id, again.info.status) == (pipeline.info.run_id, "FINISHED")
-    assert (again.data.metrics["stages_hit"], again.data.metrics["stages_ran"]) == (2, 2)
+    assert (again.data.metrics["stages_hit"], again.data.metrics["stages_ran"]) == (3, 2)
     children = found(client, condition=f"tags.`mlflow.parentRunId` = '{pipeline.info.run_id}'")
     told = {child.info.run_name: child.data.tags["llmpress.status"] for child in children}
-    assert told == {"1 evaluate (source model)": "hit", "2 prune": "hit", "3 quantize": "ran", "4 evaluate": "ran"}
+    of_source = {"hidden_states (source model)": "hit", "1 evaluate (source model)": "hit"}
+    assert told == {**of_source, "2 prune": "hit", "3 quantize": "ran", "4 evaluate": "ran"}
     for child in children:
         execution = client.get_run(child.data.tags["stage_run_id"])
         assert execution.data.tags["llmpress.key"] == child.data.tags["llmpress.key"]
         assert execution.info.status == "FINISHED"
-    assert len(found(client, "llmpress-stages")) == 5  # four finished, one failed
+    assert len(found(client, "llmpress-stages")) == 6  # five finished, one failed
 
 
 @pytest.mark.usefixtures("database")
@@ -317,7 +320,7 @@ def test_a_replay_that_was_cut_short_doubles_nothing(model: Path, tmp_path: Path
     replay(tmp_path, folder)
     spool.write_bytes(content)  # as if the recorder had died before it deleted the spool
     client = replay(tmp_path, folder)
-    assert (len(pipelines(client)), len(found(client)), len(found(client, "llmpress-stages"))) == (1, 5, 4)
+    assert (len(pipelines(client)), len(found(client)), len(found(client, "llmpress-stages"))) == (1, 6, 5)
     (execution,) = found(client, "llmpress-stages", "attributes.run_name = 'rtn4g64'")
     assert len(client.get_metric_history(execution.info.run_id, "loss")) == 3
 

@@ -30,7 +30,8 @@ def test_every_distinct_execution_of_the_tree_runs_once_and_again_all_are_hits(r
 
     again = run(*ORDERS)
     assert again.code == 0 and ran(folder) == []
-    assert f"{len(store)} are in the store, 0 are to run" in again.err
+    lasting = [name for name in store if not name.startswith("hidden_states-")]  # the others only spare work, and there is none
+    assert len(lasting) < len(store) and f"{len(lasting)} are in the store, 0 are to run" in again.err
     assert sorted(path.name for path in (folder / "outputs" / "store").iterdir()) == store
 
 
