@@ -29,9 +29,11 @@ def wall_seconds(work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def import_torch() -> None:
+@pytest.fixture(scope="module")
+def import_seconds() -> float:
     """What a worker that is not forked has to do first."""
-    subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+    command = [sys.executable, "-c", "import torch, transformers"]
+    return wall_seconds(lambda: subprocess.run(command, check=True))
 
 
 def test_forked_and_spawned_workers_do_the_same_job(fork_server: ForkServer, tmp_path: Path) -> None:
@@ -49,11 +51,11 @@ def test_forked_and_spawned_workers_do_the_same_job(fork_server: ForkServer, tmp
     assert fork_server.reason == "", "with the pinned libraries, forking is safe on Linux"
 
 
-def test_a_warm_start_takes_a_fraction_of_what_the_imports_take(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_a_warm_start_takes_a_fraction_of_what_the_imports_take(fork_server: ForkServer, tmp_path: Path, import_seconds: float) -> None:
     prepare(tmp_path)
     finish(fork_server.run(tmp_path))
     warm = min(wall_seconds(lambda: finish(fork_server.run(tmp_path))) for _ in range(3))
-    assert warm < 0.5 * wall_seconds(import_torch)
+    assert warm < 0.5 * import_seconds
 
 
 def test_the_libraries_are_there_and_threads_work_after_the_fork(fork_server: ForkServer, tmp_path: Path) -> None:
@@ -90,12 +92,12 @@ def test_a_server_that_dies_is_a_clear_error_and_its_workers_are_lost(tmp_path: 
     server.close()
 
 
-def test_closing_does_not_wait_for_the_imports(tmp_path: Path) -> None:
+def test_closing_does_not_wait_for_the_imports(tmp_path: Path, import_seconds: float) -> None:
     server = ForkServer(tmp_path / "server.log")
     server.start()
     assert server._server
     pid = server._server.pid
-    assert wall_seconds(server.close) < 0.5 * wall_seconds(import_torch)
+    assert wall_seconds(server.close) < 0.5 * import_seconds
     assert not toys.is_alive(pid)
 
 
