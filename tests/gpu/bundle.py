@@ -21,10 +21,10 @@ NAME = "llmpress-gpu"
 LIMIT = 60 << 20  # bytes, unpacked
 TREE = ("pipeline", "stages", "conf", "assets/data", "assets/small-llama", "bench/memory.py", "tests/__init__.py", "tests/gpu", "LICENSE")
 LEFT = ("assets/small-llama/model.safetensors",)  # the rows make their own weights
-MACHINE = ("torch", "transformers", "accelerate", "peft", "pandas", "pyarrow", "requests", "xxhash")
+MACHINE = ("torch", "transformers", "accelerate", "pandas", "pyarrow", "requests", "xxhash")
 WHEELS = (
     "pydantic", "pydantic_core", "annotated-types", "typing-inspection",
-    "compressed-tensors", "llmcompressor", "loguru", "datasets", "dill", "multiprocess", "nvidia-ml-py",
+    "compressed-tensors", "llmcompressor", "loguru", "datasets", "dill", "multiprocess",
 )  # fmt: skip
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")

@@ -205,7 +205,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=list(SIZES), default="300M")
     parser.add_argument("--layers", type=int, help="of the model, instead of all of its own")
     parser.add_argument("--rows", nargs="+", help="their names; what they need runs too (default: all)")
-    parser.add_argument("--scratch", type=Path, help="folder for checkpoints, 12 GB at the full size (default: the system's)")
+    parser.add_argument("--scratch", type=Path, help="folder for checkpoints, with 10 GB free at the full size (default: the system's)")
     return parser.parse_args(arguments)
 
 

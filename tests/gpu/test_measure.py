@@ -80,7 +80,7 @@ def test_the_bundle_runs_on_a_machine_with_little_more_than_torch(unpacked: Path
     record = json.loads((unpacked / "gpu.json").read_text())
     assert record["problems"] == record["warnings"] == []
     assert {name for name, version in record["versions"].items() if version is None} == {
-        "hydra-core", "omegaconf", "mlflow", "bitsandbytes",
+        "hydra-core", "omegaconf", "mlflow", "bitsandbytes", "peft",
     }  # fmt: skip
     found = {row["name"]: row for row in record["rows"]}
     assert {row["stage"] for row in found.values()} == {"structured_prune", "rtn", "gptq", "evaluate", "distill"}
