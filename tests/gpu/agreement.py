@@ -25,13 +25,12 @@ class Made:
     stage: str
     path: Path
     manifest: Manifest
-    dtype: str  # of the computation
+    dtype: str | None  # of its products; None: it has none
 
 
 def agreement(one: Made, other: Made, on_gpu: bool) -> dict[str, Any]:
     """`difference` beside what is `allowed`, of `what`; `identical`: bit by bit."""
-    compare = COMPARED_BY[one.stage]
-    what, difference = compare(one, other)
+    what, difference = COMPARED_BY[one.stage](one, other)
     return {
         "what": what,
         "difference": difference,

@@ -120,9 +120,9 @@ class Session:
         temporary.rename(self.json)
 
 
-def computed_in(node: PlannedNode) -> str:
-    """The dtype of its products: bf16 or fp32."""
-    return str(getattr(node.stage.params, "dtype", "bf16"))  # the checkpoint's own, where a stage has no setting for it
+def computed_in(node: PlannedNode) -> str | None:
+    """The dtype that the plan chose for its products; None: it has none."""
+    return node.stage.params.compute_dtype if node.stage.computes else None
 
 
 def measured(node: PlannedNode, manifest: Manifest, on_gpu: bool) -> dict[str, Any]:
@@ -211,8 +211,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def target(found: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
     """This machine as a recipe's target; `found` as torch says of the card."""
-    host = Target.host()
-    return {"name": "card", "gpus": 1, "memory": found["memory"], "ram": host.ram, "cores": host.cores} if on_gpu else {"name": "host"}
+    if not on_gpu:
+        return {"name": "host"}
+    host, of_card = Target.host(), ("memory", "compute_capability")
+    return {"name": "card", "gpus": 1, "ram": host.ram, "cores": host.cores, **{name: found[name] for name in of_card}}
 
 
 def begin(options: argparse.Namespace, sizes: Sizes, scratch: Path) -> Session:

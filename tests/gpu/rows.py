@@ -69,6 +69,7 @@ def rows(sizes: Sizes) -> tuple[Row, ...]:
     distill = {"params": training, "model": "prune by activation", "beside": {"teacher": DENSE}}
     return (
         *evaluations(sizes, DENSE),
+        *evaluations(sizes, DENSE, "fp32"),  # beside what a GPU computes fastest
         Row("prune by magnitude", "structured_prune", cut),
         Row("prune by activation", "structured_prune", cut | windows | {"importance": "activation"}),
         Row("distill", "distill", execution=micro, **distill),
@@ -81,10 +82,12 @@ def rows(sizes: Sizes) -> tuple[Row, ...]:
     )
 
 
-def evaluations(sizes: Sizes, model: str) -> tuple[Row, Row]:
+def evaluations(sizes: Sizes, model: str, compute_dtype: str = "auto") -> tuple[Row, Row]:
     """Resident and layer by layer; of what was made of the dense model, beside it."""
-    params = {"max_length": sizes.max_length, "max_documents": sizes.documents}
+    name = f"evaluate {model}" + ("" if compute_dtype == "auto" else f" in {compute_dtype}")
+    params = {"max_length": sizes.max_length, "max_documents": sizes.documents, "compute_dtype": compute_dtype}
     beside = {} if model == DENSE else {"reference": DENSE}
-    resident = Row(f"evaluate {model}", "evaluate", params, model=model, beside=beside)
-    layerwise = Row(f"evaluate {model}, layer by layer", "evaluate", params, {"mode": "layerwise"}, model, beside, equals=resident.name)
-    return resident, layerwise
+    return (
+        Row(name, "evaluate", params, model=model, beside=beside),
+        Row(f"{name}, layer by layer", "evaluate", params, {"mode": "layerwise"}, model, beside, equals=name),
+    )

@@ -24,7 +24,7 @@ from tests.gpu.agreement import COMPARED_BY
 from tests.gpu.rows import DENSE, SIZES, Row, rows
 
 REHEARSED = ["evaluate rtn, layer by layer", "gptq", "distill"]  # with what they need: every stage once
-CARD = {"count": 1, "name": "NVIDIA H200", "memory": 150_754_820_096}
+CARD = {"count": 1, "name": "NVIDIA H200", "memory": 150_754_820_096, "compute_capability": 9.0}
 
 
 def required(names: tuple[str, ...]) -> set[str]:
@@ -127,8 +127,10 @@ def test_what_is_planned_for_a_gpu_is_what_computes_on_it(tmp_path: Path) -> Non
             plan = make_plan(read_config(content, row.name)[0], Store(tmp_path), measure.ROOT, execute=True)
             assert plan.problems == []
             planned[row.name] = plan.nodes[0].memory.totals["vram"]
+            assert measure.computed_in(plan.nodes[0]) == (None if not planned[row.name] else "fp32" if "fp32" in row.name else "bf16")
     assert {name for name, nbytes in planned.items() if nbytes == 0} == {"prune by magnitude", "rtn"}
     assert set(planned) >= {"evaluate dense", "evaluate dense, layer by layer", "prune by activation", "gptq", "gptq, offloaded to disk"}
+    assert planned["evaluate dense in fp32"] > planned["evaluate dense"]
 
 
 @pytest.mark.parametrize(
