@@ -166,7 +166,7 @@ def disagreement(found: Mapping[str, Any]) -> list[str]:
 
 def line(found: Mapping[str, Any], place: str) -> str:
     """Of one row, for the terminal; its problems below it."""
-    said = f"{found['name']:<36} {found['wall_seconds']:>6.1f} s"
+    said = f"{found['name']:<40} {found['wall_seconds']:>6.1f} s"
     if "measured_bytes" in found:
         peak = found["measured_bytes"]
         said += f"  {place} {'none' if peak is None else format_size(peak)} of {format_size(found['planned_bytes'])} planned"
