@@ -1,12 +1,13 @@
 # make quickstart   installs into .venv, then compresses the small model that llmpress ships
 # make test         the core suite, one case of each kind: what CI runs, minutes
 # make test-slow    the other cases        make test-extras  optional backends
+# make test-gpu     on a machine with an NVIDIA card, docs/gpu.md; make gpu-bundle packs it for one without network
 # make lint         ruff, mypy, import contracts
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-slow test-extras lint format clean
+.PHONY: install quickstart test test-slow test-extras test-gpu gpu-bundle lint format clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,15 @@ test-slow: install
 test-extras: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'  # builds llama.cpp once, 8 CPU minutes; pip keeps it
 	$(BIN)/python -m pytest -m extras
+
+DEVICE ?= cuda
+
+test-gpu: install  # DEVICE=cpu rehearses the rows without a card
+	$(BIN)/python -m tests.gpu.measure --json outputs/gpu.json --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--model tiny)
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m pytest -m gpu)
+
+gpu-bundle: install
+	$(BIN)/python -m tests.gpu.bundle
 
 lint: install
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ class Distill(Stage):
 
     name, version = "distill", 1
     resumes = True
-    libraries = ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes")
+    libraries: tuple[str, ...] = ("torch", "transformers", "compressed-tensors")
     lightens = {
         "execution.gradient_checkpointing": (True,),
         "execution.micro_batch_size": HALVES,
@@ -75,6 +75,11 @@ class Distill(Stage):
 
     params: Params
     execution: Execution
+
+    def __init__(self, params: Any = None, execution: Any = None) -> None:
+        super().__init__(params, execution)
+        if self.params.method == "lora" or self.params.teacher_precision == "nf4":
+            self.libraries = (*self.libraries, "peft", "bitsandbytes")
 
     def unused(self) -> frozenset[str]:
         return frozenset() if self.params.alpha else frozenset({"teacher"})

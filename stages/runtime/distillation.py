@@ -15,7 +15,6 @@ import torch
 from pipeline.artifact import Checkpoint, DenseCheckpoint, TeacherLogits, tokenizer_digest
 from stages.functional.distillation import CrossEntropy, Distillation, Divergence, FullTeacher, Objective, TopTeacher, linear_loss
 from stages.runtime.loading import load_model
-from stages.runtime.lora import add_lora, load_nf4, merge_adapter, save_adapter
 from stages.runtime.processes import is_sharded, process_index, wait_for_everyone, whole
 from stages.runtime.samples import NOT_COUNTED, Sample, Samples
 from stages.runtime.scoring import hidden_states
@@ -88,6 +87,8 @@ def load_teacher(
     if stored is not None:
         return StoredTeacher(stored), stored.windows
     if precision == "nf4":
+        from stages.runtime.lora import load_nf4  # here: of peft and bitsandbytes a full distillation needs neither
+
         return ResidentTeacher(load_nf4(teacher.path, device, dtype)), None
     return ResidentTeacher(load_model(teacher.path, device, dtype=dtype).requires_grad_(False)), None
 
@@ -136,6 +137,8 @@ def lora_trainee(
 ) -> Trainee:
     """Adapters beside the student frozen in NF4; merged into its original weights, by way of a folder in `work`. `note` is told what
     the student's zeros cost the adapters."""
+    from stages.runtime.lora import add_lora, load_nf4, merge_adapter, save_adapter  # here, as in `load_teacher`
+
     base = load_nf4(student.path, device, compute_dtype)
     adapted = add_lora(base, lora.rank, lora.lora_alpha, lora.lora_dropout, seed)
 

@@ -284,6 +284,14 @@ def test_what_cannot_work_is_refused_in_the_plan(params: dict[str, Any], teacher
     Distill.from_dict(PARAMS).infer(MODEL, TEXT, MODEL)
 
 
+@pytest.mark.parametrize(
+    ("params", "beside"),
+    [({}, set()), ({"teacher_precision": "nf4"}, {"peft", "bitsandbytes"}), ({"method": "lora"}, {"peft", "bitsandbytes"})],
+)  # fmt: skip
+def test_its_key_and_its_installation_need_only_the_libraries_that_compute(params: dict[str, Any], beside: set[str]) -> None:
+    assert set(Distill.from_dict(PARAMS | params).libraries) == {"torch", "transformers", "compressed-tensors"} | beside
+
+
 def test_another_vocabulary_and_conversations_are_refused_together() -> None:
     other = ModelSpec.of(MODEL.architecture.model_copy(update={"vocab_size": 400}))
     with pytest.raises(
