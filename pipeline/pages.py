@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.artifact import TYPES
 from pipeline.identity import digest
 from pipeline.report import Report
 from pipeline.report_table import markdown
@@ -17,6 +18,7 @@ from pipeline.store import write_whole
 
 PAGE, TEXT = "report.html", "report.md"
 OF_THE_RUN = ("seconds", "planned_seconds", "stages_ran", "stages_hit")  # metrics that a run of hits has otherwise
+PLANNED = ("planned_peak", "planned_seconds")  # of a stage, which a run of hits plans without the passes that were shared
 HEAD = 2000  # characters of a page among which its mark stands
 
 
@@ -35,11 +37,13 @@ def write_pages(report: Report, run_dir: Path) -> tuple[Path, list[str]]:
 
 
 def content_mark(report: Report) -> str:
-    """Digest of what a page says, apart from when and how long this run was."""
+    """Digest of what a page says, apart from when and how long this run was, and from what spared it work: a run of hits needs none."""
     content: dict[str, Any] = report.model_dump(mode="json", exclude={"created", "seconds"})
     content["metrics"] = {name: value for name, value in report.metrics.items() if name not in OF_THE_RUN}
+    content["stages"] = [stage for stage in content["stages"] if not TYPES[stage["type"]].derived]
     for stage in content["stages"]:
         stage["status"] = "ran" if stage["status"] == "hit" else stage["status"]
+        stage |= dict.fromkeys(PLANNED)
     return digest("page", {"version": __version__, "report": content})
 
 

@@ -138,11 +138,11 @@ def test_the_table_has_every_stage_and_every_figure(complete: Report) -> None:
     gpu = ram(1 * GB, 2 * GB) | {"planned_seconds": 3600.0, "seconds": 1.25}
     gpu["planned_peak"] |= {"vram": 3 * GB}
     rows = comparison_rows(with_figures(complete, quantize=gpu | {"measured_peak_vram": 4 * GB}))
-    assert [row[0] for row in rows] == ["evaluate@source", "prune", "quantize", "evaluate"]
+    assert [row[0] for row in rows] == ["hidden_states@source", "evaluate@source", "prune", "quantize", "evaluate"]
     quantize = of(complete, "quantize")
     size = f"{quantize.bytes:,}"
-    assert rows[2] == ("quantize", size, size, "1 GB RAM, 3 GB VRAM", "2 GB RAM, 4 GB VRAM", "3,600.0", "1.2")
-    assert rows[0][1] == "" and rows[0][4:6] == ("", ""), "a report has no planned bytes; its memory and time are not known here"
+    assert rows[3] == ("quantize", size, size, "1 GB RAM, 3 GB VRAM", "2 GB RAM, 4 GB VRAM", "3,600.0", "1.2")
+    assert rows[1][1] == "" and rows[1][4:6] == ("", ""), "a report has no planned bytes; its memory and time are not known here"
     table = markdown(complete).partition("Planned and measured")[2]
     assert "| " + " | ".join(COLUMNS) + " |" in table and f"| quantize | {size} | {size} |" in table
 

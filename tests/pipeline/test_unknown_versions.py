@@ -90,7 +90,7 @@ def test_a_recipe_whose_library_is_not_installed_is_refused_before_anything_is_o
 
 def test_the_executor_takes_no_plan_with_unknown_keys(tmp_path: Path, no_torch: pytest.MonkeyPatch) -> None:
     plan = plan_of_shipped(tmp_path, *LAPTOP)
-    with pytest.raises(PlanError, match=r"^stages\.evaluate@source: torch is not installed here, so that"):
+    with pytest.raises(PlanError, match=r"^stages\.hidden_states@source: torch is not installed here, so that"):
         execute(plan, Store(tmp_path / "outputs"), tmp_path / "run")
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "run").exists()
 

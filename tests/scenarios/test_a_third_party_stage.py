@@ -59,7 +59,7 @@ def test_the_guides_recipe_runs_with_it_and_again_it_is_all_hits(
     assert "ranks kept of 128: " in first.out
     report = json.loads(next((folder / "outputs" / "runs").glob("*/*/report.json")).read_text())
     assert {stage["name"]: stage["status"] for stage in report["stages"]} == dict.fromkeys(
-        ("evaluate@source", "low_rank", "evaluate"), "ran"
+        ("hidden_states@source", "evaluate@source", "low_rank", "evaluate"), "ran"
     )
     name = "model.layers.0.mlp.down_proj.weight"
     before, after = (torch.linalg.svdvals(TensorReader(path).read(name).float()) for path in (model, Path(report["final"]["path"])))
