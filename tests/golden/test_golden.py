@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from pipeline import compose
-from pipeline.identity import fingerprint
 from pipeline.plan import make_plan
 from pipeline.plan_table import print_plan
 from pipeline.recipe import read_config
 from pipeline.stage import BUILT_IN, find_stage
+from pipeline.stage_code import fingerprint
 from pipeline.store import Store
 from tests import golden
 
