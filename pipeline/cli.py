@@ -9,7 +9,6 @@ import signal
 import sys
 from types import FrameType
 
-import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline import compose
 from pipeline.errors import Interrupted, LlmpressError, sentences
 from pipeline.objectives import Returned
-from pipeline.sweep import command
 from pipeline.task import fork_server, run_alone
 
 
@@ -46,7 +44,9 @@ def _main(arguments: list[str]) -> int:
     try:
         compose.register()
         taken = compose.take_recipe_files(arguments)
-        if command.is_sweep(taken):
+        if compose.is_sweep(taken):
+            from pipeline.sweep import command  # here: with its reports it is half of what is imported, for sweeps alone
+
             return command.run_sweep(arguments, taken)
         sys.argv[1:] = taken
         if any(argument.startswith("-") or "hydra" in argument for argument in taken):
@@ -62,6 +62,8 @@ def _main(arguments: list[str]) -> int:
 
 def _with_hydra() -> None:
     """Hydra's own flags and settings: `--help`, `--cfg job`, `hydra.verbose=true`."""
+    import hydra
+
     failed: list[LlmpressError] = []
 
     def task(config: DictConfig) -> Returned:

@@ -6,7 +6,7 @@ Stages are the group `stage`, so that `stage@stages.quantize=gptq` swaps one and
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -20,8 +20,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from pipeline import config_source
 from pipeline.errors import RecipeError, did_you_mean
-from pipeline.sweep import orders_sweeper
 
+FLAGS = ("-m", "--multirun")
+SHOWING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion", "--version")
 YAML_FILE = re.compile(r"\.ya?ml$")
 ADDED = {  # mappings that take entries of any name, and what to write for a new one
     r"models\.(\w+)": r"+models.\1.path=/folder",
@@ -67,7 +68,13 @@ def register() -> None:
     config_source.register_stages()
     for file in recipe_files():
         config_source.register_recipe(file.stem, file)
-    orders_sweeper.register(resources())
+    config_source.register("hydra/sweeper", "orders", _orders_sweeper)
+
+
+def _orders_sweeper() -> DictConfig:
+    from pipeline.sweep import orders_sweeper  # here: it plans and draws, which only a sweep over orders needs
+
+    return orders_sweeper.register(resources())
 
 
 def take_recipe_files(arguments: list[str]) -> list[str]:
@@ -78,13 +85,22 @@ def take_recipe_files(arguments: list[str]) -> list[str]:
     taken = []
     if ORDERS in arguments and not any(argument.startswith("-") for argument in arguments):
         taken.append("-m")
-    for argument in sorted(arguments, key=lambda given: given not in ("-m", "--multirun")):
+    for argument in sorted(arguments, key=lambda given: given not in FLAGS):
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") == "recipe" and any(YAML_FILE.search(part.strip("'\" ")) for part in value.split(",")):
             value = ",".join(_take(part.strip("'\" ")) for part in value.split(","))
             argument = f"{key}={value}"
         taken.append(argument)
     return taken
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether jobs are to be run, or planned one by one. RecipeError where something is to be shown as well, which Hydra cannot do."""
+    if not any(flag in arguments for flag in FLAGS):
+        return False
+    if shown := [flag for flag in SHOWING if flag in arguments]:
+        raise RecipeError(f"{shown[0]}: it shows one configuration, and -m makes many; leave one of the two out")
+    return True
 
 
 def composed(overrides: list[str]) -> DictConfig:

@@ -42,15 +42,23 @@ class Deferred(ConfigNode):
         self.make = partial(_same, copied)
 
 
+def register(group: str, name: str, make: Callable[[], DictConfig], package: str | None = None) -> None:
+    """`make` is called when the node is read, in this process or, found there by import, in a launcher's worker."""
+    place = ConfigStore.instance().repo
+    for part in group.split("/"):
+        place = place.setdefault(part, {})
+    place[f"{name}.yaml"] = Deferred(group, name, make, package)
+
+
 def register_stages() -> None:
     """The group `stage`. Nothing is imported: a broken plugin is an error of the recipe that uses it."""
     for name in stage_names():
-        _store(Deferred("stage", name, partial(_stage_node, name)))
+        register("stage", name, partial(_stage_node, name))
 
 
 def register_recipe(name: str, file: Path) -> None:
     """A recipe that is read when it is chosen."""
-    _store(Deferred("recipe", name, partial(_recipe_node, file), "_global_"))
+    register("recipe", name, partial(_recipe_node, file), "_global_")
 
 
 def register_content(name: str, content: Content) -> None:
@@ -70,10 +78,6 @@ def read_recipe(file: Path) -> Content:
         raise RecipeError(f"recipe: {file} is not a mapping; see `run recipe=quickstart --cfg job` for what a recipe holds")
     check_document(content or {}, file.name)
     return content or {}
-
-
-def _store(node: Deferred) -> None:
-    ConfigStore.instance().repo.setdefault(node.group or "", {})[node.name] = node
 
 
 @cache

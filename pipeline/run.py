@@ -21,7 +21,8 @@ from pipeline.export import check_export, export_model
 from pipeline.graph import SOURCE_MODEL
 from pipeline.pages import write_pages
 from pipeline.plan import Plan, make_plan
-from pipeline.plan_table import plan_json, print_plan
+from pipeline.plan_table import plan_json
+from pipeline.planning import check_fit, outputs_folder
 from pipeline.process import ForkServer
 from pipeline.progress import Display
 from pipeline.recipe import Recipe, Settings
@@ -41,27 +42,19 @@ MOST_RUNS = 10  # that a collection names
 def run_pipeline(
     recipe: Recipe, settings: Settings, composed: str, resources: Path, server: ForkServer, job: RunningJob | None = None
 ) -> dict[str, float]:
-    """Do what `mode` says; returns the headline metrics (none for a plan).
+    """`mode=run`; returns the headline metrics.
 
     `composed` is the config as YAML; `server` starts the workers of every job of this process; `job` is the sweep's that this is, if any.
     """
     root = outputs_folder(settings)
     store = Store(root, settings.lock)
-    if settings.mode == "run":
-        recipe = replace(recipe, compute=recipe.machine.here())
+    recipe = replace(recipe, compute=recipe.machine.here())
     plan = make_plan(recipe, store, resources, execute=False)  # what is wrong is found before a long digest or download, or any writing
-    if settings.mode == "plan":
-        if settings.format == "json":
-            print(json.dumps(plan_json(plan), indent=1))
-        else:
-            print_plan(plan, Console())
-        _check_fit(plan, settings)
-        return {}
     if not (recipe.model.path or recipe.model.id):
         raise PlanError("model: it is an architecture without weights, which can be planned but not run; give model.path=/folder")
     if settings.export_to:
         check_export(plan, export_folder(settings))
-    _check_fit(plan, settings)
+    check_fit(plan, settings)
     check_writable(root)
     try:
         with using(store):
@@ -70,14 +63,6 @@ def run_pipeline(
             return _execute(plan, settings, store, composed, server, job)
     except OSError as error:
         raise StoreError(explain_os_error(error, root)) from None
-
-
-def _check_fit(plan: Plan, settings: Settings) -> None:
-    """PlanError where the plan says that it cannot run there or be served, unless the user wants it all the same."""
-    if plan.problems and settings.fit == "refuse":
-        raise PlanError([*plan.problems[:-1], f"{plan.problems[-1]}; or run it all the same: fit=warn"])
-    for problem in plan.problems:
-        print(f"warning: {problem}", file=sys.stderr)
 
 
 def _check_here(plan: Plan, store: Store, settings: Settings) -> None:
@@ -98,10 +83,6 @@ def _check_here(plan: Plan, store: Store, settings: Settings) -> None:
         raise PlanError(problems)
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-
-
-def outputs_folder(settings: Settings) -> Path:
-    return Path(settings.outputs).expanduser().resolve()
 
 
 def export_folder(settings: Settings) -> Path:

@@ -17,13 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import compose
-from pipeline.check import check_checkpoint
 from pipeline.errors import Interrupted, LlmpressError, RecipeError, sentences
 from pipeline.objectives import Returned, objectives
 from pipeline.parent import end_with_parent
+from pipeline.planning import show_plan
 from pipeline.process import ForkServer
 from pipeline.recipe import Settings, read_config, read_settings
-from pipeline.run import collect_unused, run_pipeline
 from pipeline.sweep.record import RunningJob
 
 ON_OTHER_MACHINES = ("SlurmLauncher", "RayLauncher", "RayAWSLauncher")  # whose jobs share the outputs folder between machines
@@ -79,11 +78,13 @@ def run_job(config: DictConfig) -> Returned:
 
 
 def _run(config: DictConfig, job: RunningJob | None = None) -> Returned:
-    """The final metrics or, of a run, the chosen `objectives`."""
+    """The final metrics or, of a run, the chosen `objectives`. What one mode alone needs is imported there, for a plan does without it."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     content = {str(key): value for key, value in plain.items()}
     if content.get("mode") == "gc":
+        from pipeline.run import collect_unused
+
         return collect_unused(read_settings(content))
     if content.get("mode") == "check":
         return _check(read_settings(content))
@@ -93,14 +94,20 @@ def _run(config: DictConfig, job: RunningJob | None = None) -> Returned:
     recipe, settings = read_config(content, compose.display_name(name))
     if settings.lock == "auto" and HydraConfig.get().launcher._target_.endswith(ON_OTHER_MACHINES):
         settings = settings.model_copy(update={"lock": "lease"})
+    if settings.mode == "plan":
+        show_plan(recipe, settings, compose.resources())
+        return {}
+    from pipeline.run import run_pipeline
+
     composed = OmegaConf.to_yaml(config, resolve=True)
-    metrics = run_pipeline(recipe, settings, composed, compose.resources(), fork_server(), job)
-    return objectives(metrics, settings.objectives if settings.mode == "run" else None)
+    return objectives(run_pipeline(recipe, settings, composed, compose.resources(), fork_server(), job), settings.objectives)
 
 
 def _check(settings: Settings) -> Returned:
     if HydraConfig.get().runtime.choices.get("recipe") is not None:
         raise RecipeError("recipe: mode=check looks at a checkpoint and reads no recipe; leave it out and write path=/folder")
+    from pipeline.check import check_checkpoint
+
     return check_checkpoint(settings, compose.resources())
 
 

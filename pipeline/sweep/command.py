@@ -22,7 +22,7 @@ from rich.console import Console
 from pipeline import compose
 from pipeline.claim import Claims
 from pipeline.compute_dtype import DECIDED, processor_dtype
-from pipeline.errors import Interrupted, LlmpressError, RecipeError, StoreError, sentences
+from pipeline.errors import Interrupted, LlmpressError, StoreError, sentences
 from pipeline.identity import digest
 from pipeline.recipe import Settings, read_settings
 from pipeline.store import explain_os_error
@@ -31,20 +31,9 @@ from pipeline.sweep.orders_sweeper import SweepFailed
 from pipeline.sweep.record import JobRecord, Sweep, forget_jobs, read_jobs
 from pipeline.task import LAUNCHER, process_name, run_job
 
-FLAGS = ("-m", "--multirun")
-SHOWING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion", "--version")
 NOT_THE_SWEEP = re.compile(r"[+~]*(mode|format|outputs|fit|lock|tracking[.\w]*|hydra/launcher|hydra\.(?!sweeper)[.\w]*)=")
 FOLDER = "hydra.sweep.dir"
 RUNNING = "running"  # claimed by the command whose sweep it is
-
-
-def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether jobs are to be run, or planned one by one. RecipeError where something is to be shown as well, which Hydra cannot do."""
-    if not any(flag in arguments for flag in FLAGS):
-        return False
-    if shown := [flag for flag in SHOWING if flag in arguments]:
-        raise RecipeError(f"{shown[0]}: it shows one configuration, and -m makes many; leave one of the two out")
-    return True
 
 
 def run_sweep(typed: Sequence[str], arguments: Sequence[str]) -> int:
@@ -159,7 +148,7 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
     chosen = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     if FOLDER in chosen:
         return Path(chosen[FOLDER].strip("'\"")).expanduser().absolute()
-    choices = sorted(argument for argument in arguments if argument not in FLAGS and not NOT_THE_SWEEP.match(argument))
+    choices = sorted(argument for argument in arguments if argument not in compose.FLAGS and not NOT_THE_SWEEP.match(argument))
     recipe = re.sub(r"\W+", "_", compose.display_name(chosen.get("recipe", "sweep")))
     name = f"{recipe}-{digest('sweep', choices)[:8]}"
     outputs = Path(chosen.get("outputs", "outputs").strip("'\"")).expanduser().absolute()

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -192,8 +191,8 @@ class _Jobs:
         return plan
 
 
-def register(resources: Path) -> None:
-    """Make `hydra/sweeper=orders` known to Hydra. `resources` holds conf/ and assets/."""
+def register(resources: Path) -> DictConfig:
+    """Make this class known to Hydra, and return the settings of `hydra/sweeper=orders`. `resources` holds conf/ and assets/."""
     OrdersSweeper.resources = resources
     OrdersSweeper.__module__ = MODULE
     package, _, name = MODULE.rpartition(".")
@@ -205,7 +204,8 @@ def register(resources: Path) -> None:
     sys.modules[MODULE] = sys.modules[__name__]
     setattr(plugins, name, sys.modules[__name__])
     Plugins.instance().register(OrdersSweeper)
-    ConfigStore.instance().store(group="hydra/sweeper", name="orders", node=OrdersConfig, provider="llmpress")
+    settings: DictConfig = OmegaConf.structured(OrdersConfig)
+    return settings
 
 
 @dataclass
