@@ -1,7 +1,7 @@
-"""`run`: compose a recipe with Hydra, plan it, run it, and say what happened. Nothing heavy is imported here.
+"""`run`: what a command asks for, answered from what was learned before or by asking Hydra, and every error as a sentence.
 
-Hydra composes (`group=name`, `key=value`, `-m` for sweeps, completion); its messages are put into this project's one sentence. What it
-calls with the composed config is in pipeline/task.py. Exit codes are those of `pipeline.errors`.
+Nothing heavy is imported here: `run` alone, help, a TAB, and a config that was composed before need no Hydra; it is asked in
+pipeline/with_hydra.py. Exit codes are those of `pipeline.errors`.
 """
 
 import os
@@ -9,14 +9,10 @@ import signal
 import sys
 from types import FrameType
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from pipeline import compose
+from pipeline import completion
 from pipeline.errors import Interrupted, LlmpressError, sentences
-from pipeline.objectives import Returned
-from pipeline.task import fork_server, run_alone
+from pipeline.learned import asks_for_help, learned_help, recall_config
+from pipeline.resources import recipe_list
 
 
 def main() -> None:
@@ -38,46 +34,22 @@ def main() -> None:
 
 def _main(arguments: list[str]) -> int:
     if not arguments:
-        print(compose.recipe_list())
+        print(recipe_list())
         return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed with a search path
-    try:
-        compose.register()
-        taken = compose.take_recipe_files(arguments)
-        if compose.is_sweep(taken):
-            from pipeline.sweep import command  # here: with its reports it is half of what is imported, for sweeps alone
+    if completion.is_query(arguments) and (candidates := completion.answer(arguments)) is not None:
+        print(candidates)
+        return 0
+    if asks_for_help(arguments) and (text := learned_help(arguments).recall()):
+        print(text, end="")
+        return 0
+    if config := recall_config(arguments):
+        from pipeline.modes import carry_out
 
-            return command.run_sweep(arguments, taken)
-        sys.argv[1:] = taken
-        if any(argument.startswith("-") or "hydra" in argument for argument in taken):
-            _with_hydra()
-        else:
-            run_alone(compose.composed(taken))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise compose.explain(error) from None
-    finally:
-        fork_server().close()
-    return 0
+        carry_out(config)
+        return 0
+    from pipeline.with_hydra import command
 
-
-def _with_hydra() -> None:
-    """Hydra's own flags and settings: `--help`, `--cfg job`, `hydra.verbose=true`."""
-    import hydra
-
-    failed: list[LlmpressError] = []
-
-    def task(config: DictConfig) -> Returned:
-        try:
-            return run_alone(config)
-        except OmegaConfBaseException as error:
-            failed.append(compose.explain(error))
-        except LlmpressError as error:  # raised here, Hydra would print its own lines about it first
-            failed.append(error)
-        return {}
-
-    hydra.main(config_path=str(compose.resources() / "conf"), config_name="config", version_base="1.3")(task)()
-    if failed:
-        raise failed[0]
+    return command(arguments)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -6,21 +6,22 @@ Stages are the group `stage`, so that `stage@stages.quantize=gptq` swaps one and
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipeline import config_source
 from pipeline.errors import RecipeError, did_you_mean
+from pipeline.learned import Composed
+from pipeline.resources import recipe_files, resources
 
+ON_OTHER_MACHINES = ("SlurmLauncher", "RayLauncher", "RayAWSLauncher")  # whose jobs share the outputs folder between machines
 FLAGS = ("-m", "--multirun")
 SHOWING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion", "--version")
 YAML_FILE = re.compile(r"\.ya?ml$")
@@ -37,30 +38,6 @@ ORDERS = "hydra/sweeper=orders"
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 _files: dict[str, str] = {}  # recipes given as files: what was written, by the name that they are registered under
 _contents: dict[str, dict[str, Any]] = {}  # and what they say
-
-
-@cache
-def resources() -> Path:
-    """The folder that holds conf/, recipes/ and assets/: the checkout, or the copy inside an installed package."""
-    installed = Path(__file__).parent / "resources"
-    return installed if installed.is_dir() else Path(__file__).parent.parent
-
-
-def recipe_files() -> Iterator[Path]:
-    return iter(sorted((resources() / "recipes").glob("*.yaml")))
-
-
-def recipe_list() -> str:
-    """Every recipe with the first sentence of its file."""
-    rows = [(file.stem, _title(file)) for file in recipe_files()]
-    width = max(len(name) for name, _ in rows)
-    listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in rows)
-    return f"Recipes (run recipe=<name>, or recipe=path/to/file.yaml):\n\n{listed}\n\n`run --help` shows what can be set."
-
-
-def _title(file: Path) -> str:
-    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
-    return re.split(r"(?<=\.)\s", " ".join(line.lstrip("# ") for line in lines), maxsplit=1)[0]
 
 
 def register() -> None:
@@ -111,6 +88,20 @@ def composed(overrides: list[str]) -> DictConfig:
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+def read(config: DictConfig) -> Composed:
+    """Plain values of a composed config, Hydra's own aside. OmegaConfBaseException: something is missing, or refers to nothing."""
+    content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(content, dict)
+    hydra_config = HydraConfig.get()
+    recipe = hydra_config.runtime.choices.get("recipe")
+    return Composed(
+        content={str(key): value for key, value in content.items()},
+        recipe=None if recipe is None else display_name(recipe),
+        text=OmegaConf.to_yaml(config, resolve=True) if content.get("mode") == "run" else "",
+        on_other_machines=hydra_config.launcher._target_.endswith(ON_OTHER_MACHINES),
+    )
 
 
 def axes_of(arguments: Iterable[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 Stamp = tuple[int, int, int, int]  # size, modification time, change time (both in ns), inode
 
 FORM = 1  # of the file; raised where it changes
-MOST = 256  # answers in one file, the oldest forgotten first
+MOST = 256  # answers in one file, unless told otherwise; the oldest are forgotten first
 SETTLED = 2_000_000_000  # ns; a file changed more recently may change again without a new stamp, since clocks of file systems tick
 
 
@@ -43,8 +43,8 @@ def cache_folder() -> Path:
 class Remembered:
     """The answers of one kind, by key. Of two processes that keep at once one may lose its answer."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, most: int = MOST) -> None:
+        self.name, self.most = name, most
 
     def recall(self, key: str, mark: Any) -> Any | None:
         """What was kept for `key`; None where that was with another `mark`."""
@@ -62,7 +62,7 @@ class Remembered:
         entries = self._read()
         entries.pop(key, None)
         entries[key] = [text, zlib.crc32(text.encode())]
-        for oldest in list(entries)[:-MOST]:
+        for oldest in list(entries)[: -self.most]:
             del entries[oldest]
         self._write(json.dumps({"form": FORM, "entries": entries}))
 

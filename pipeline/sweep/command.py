@@ -25,6 +25,7 @@ from pipeline.compute_dtype import DECIDED, processor_dtype
 from pipeline.errors import Interrupted, LlmpressError, StoreError, sentences
 from pipeline.identity import digest
 from pipeline.recipe import Settings, read_settings
+from pipeline.resources import resources
 from pipeline.store import explain_os_error
 from pipeline.sweep.axes import overrides, quoted
 from pipeline.sweep.orders_sweeper import SweepFailed
@@ -94,7 +95,7 @@ def _launch(folder: Path) -> LlmpressError | None:
     """Run every job. What was raised at the end: the first job's error that Hydra took note of, or why not every job was begun."""
     os.environ[LAUNCHER] = process_name(os.getpid())
     try:
-        hydra.main(config_path=str(compose.resources() / "conf"), config_name="config", version_base="1.3")(run_job)()
+        hydra.main(config_path=str(resources() / "conf"), config_name="config", version_base="1.3")(run_job)()
     except KeyboardInterrupt:
         return Interrupted("interrupted; what is finished is kept, and the same command continues from there")
     except LlmpressError as error:

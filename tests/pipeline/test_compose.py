@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import compose, config_source
+from pipeline import compose, config_source, resources
 from pipeline.errors import RecipeError
 from pipeline.stage import BUILT_IN
 
@@ -62,7 +62,7 @@ def test_the_sweeper_over_orders_needs_no_flag() -> None:
 
 
 def test_a_recipe_is_listed_with_its_first_sentence_whole() -> None:
-    listed = compose.recipe_list()
+    listed = resources.recipe_list()
     for file in compose.recipe_files():
         row = next(line for line in listed.splitlines() if line.startswith(f"  {file.stem} "))
         assert row.endswith(".")
@@ -71,7 +71,7 @@ def test_a_recipe_is_listed_with_its_first_sentence_whole() -> None:
 def test_a_title_ends_where_the_comment_does(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("# One, of 3.5\n# lines. Two.\norder: []  # no\n")
-    assert compose._title(file) == "One, of 3.5 lines."
+    assert resources._title(file) == "One, of 3.5 lines."
 
 
 def test_no_stage_is_imported_but_those_of_the_recipe() -> None:
