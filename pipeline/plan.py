@@ -21,6 +21,7 @@ from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, worked_on
 from pipeline.identity import DigestMemo, not_installed, output_key, stage_key
 from pipeline.installed import check_installed
 from pipeline.misses import explain_miss
+from pipeline.rates import at_measured_rates
 from pipeline.recipe import Recipe
 from pipeline.recipe_digest import recipe_digest
 from pipeline.requantize import configured, left_dense
@@ -140,6 +141,8 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     With `execute`, digests left pending by a plan are computed and a hub model is downloaded; PlanError where a library is missing.
     """
     recipe = recipe.on_its_machine()
+    machine = at_measured_rates(recipe.machine)
+    recipe = recipe if machine == recipe.machine else replace(recipe, compute=machine)
     if execute:
         check_installed({name: recipe.stages[name].stage for name in recipe.order if name in recipe.stages})
     memo = DigestMemo(store.root / "digests.json")

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from pipeline.artifact_spec import AdapterSpec, LogitsSpec, Spec, StatesSpec
 from pipeline.plan import Plan, PlannedNode
-from pipeline.roofline import UTILISATION
+from pipeline.roofline import usual_utilisation
 from pipeline.spec import ModelSpec
 from pipeline.target import Target, format_size
 
@@ -171,7 +171,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "digest of a model or dataset pending: hit or miss is known once it has been computed (it is when the recipe runs)"
     if plan.seconds is not None and plan.seconds:
         machine = plan.recipe.machine
-        yield f"time: at {UTILISATION:.0%} of {machine.name}'s peak and {format_size(machine.disk_bandwidth)}/s of disk"
+        peak = f"what {machine.name} was measured to compute" if machine.core_speed else f"{machine.name}'s peak"
+        yield f"time: at {usual_utilisation(machine):.0%} of {peak} and {format_size(machine.disk_bandwidth)}/s of disk"
     if plan.served is not None:
         yield from plan.served.sentences()
 
