@@ -4,7 +4,8 @@
 
 A plan for `host` then has hours. Measured are matrix products in both dtypes, a copy within memory, and calls of a tiny operation, which
 tell how fast a core is at everything else. The file lies in $XDG_CACHE_HOME or ~/.cache, one for each processor, number of cores,
-version of torch and setting of its libraries. What was measured while others used the machine is taken for an hour only. No key holds a rate.
+version of torch and setting of its libraries. What was measured while others used the machine
+is taken for an hour only. No key holds a rate.
 
 `LLMPRESS_RATES` says instead what is to be taken, as that file has it: for a plan that is to be the same on every machine.
 """

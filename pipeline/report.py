@@ -37,7 +37,10 @@ from pipeline.store import write_whole
 from pipeline.task_findings import TaskReport, task_metrics, task_reports
 
 Verdict = Literal["complete", "failed", "interrupted"]
-QUALITY = ("perplexity", "reference_perplexity", "perplexity_change_pct", "bits_per_byte", "kl_divergence", "top1_agreement")
+QUALITY = (
+    "perplexity", "reference_perplexity", "perplexity_change_pct", "perplexity_change_pct_low", "perplexity_change_pct_high",
+    "bits_per_byte", "kl_divergence", "top1_agreement",
+)  # fmt: skip
 
 
 class StageReport(Frozen):

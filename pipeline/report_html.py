@@ -16,7 +16,7 @@ from pipeline.comparison import COLUMNS as COMPARED
 from pipeline.comparison import comparison, comparison_rows
 from pipeline.report import Report
 from pipeline.report_plots import MOST_TASKS, TWO_SIDED_95, draw, plotted_tasks
-from pipeline.report_table import notes, summary, table_of, verdict
+from pipeline.report_table import notes, perplexity_change, summary, table_of, verdict
 from pipeline.target import format_seconds, format_size
 from pipeline.task_findings import TaskMetric
 
@@ -83,7 +83,7 @@ def _facts(report: Report) -> Iterator[Fact]:
         yield Fact("bits per weight", f"{metrics['bits_per_weight']:.2f}", f"of {source['bits_per_weight']:.2f}")
         yield Fact("KV cache per token", format_size(metrics["kv_bytes_per_token"]), f"of {format_size(source['kv_bytes_per_token'])}")
     if "perplexity" in metrics:
-        change = f", {metrics['perplexity_change_pct']:+.1f} %" if "perplexity_change_pct" in metrics else ""
+        change = f", {perplexity_change(metrics)}" if "perplexity_change_pct" in metrics else ""
         beside = f"source {metrics['reference_perplexity']:.4g}{change}" if "reference_perplexity" in metrics else ""
         yield Fact("perplexity", f"{metrics['perplexity']:.4g}", beside)
     if "kl_divergence" in metrics:

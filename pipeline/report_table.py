@@ -4,14 +4,17 @@ One row for each checkpoint, the source model first, with its size and, where a 
 pipeline. `change` is that of perplexity against the measured model before it, `vs source` and KL are against the source. Times of
 measurements are summed into the row `evaluation`; one that failed or was not reached has a row of its own. Columns that would
 say nothing (`change` with one measured model, `KV/tok` where the cache stays as it was, empty ones) are left out, so that it fits 80
-columns. No colour is needed: it reads the same in a pipe and in a log.
+columns; where it does not, the terminal goes without `change`, which follows from `ppl`. No colour is needed: it reads the same in a
+pipe and in a log.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.artifact import DERIVED, Benchmark, EvalReport, Verdict
 from pipeline.comparison import COLUMNS as COMPARED
@@ -30,6 +33,7 @@ VERDICTS = {
     "investigate": "a gate fails; its figures and the table of stages say where to look",
     "inconclusive": "not every gate could be decided; more documents or items would",
 }
+WIDEST = 500  # columns: wider than any of these tables
 MOST_SCORES = 12  # of tasks, in the terminal
 Row = dict[str, str]  # by column; what is missing is an empty cell
 
@@ -37,15 +41,23 @@ Row = dict[str, str]  # by column; what is missing is an empty cell
 def print_report(report: Report, console: Console, mlflow: str = "", page: Path | None = None) -> None:
     """The table, what became of the model, where it is and how to load it. `mlflow` is the tracker's line, `page` the report as HTML."""
     columns, lines = table_of(report)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=name != "stage", overflow="fold")
-    for cells in lines:
-        table.add_row(*(f"[{STYLES[cell]}]{cell}[/{STYLES[cell]}]" if cell in STYLES else cell for cell in cells))
+    table = _terminal_table(columns, lines)
+    if "change" in columns and Measurement.get(console, console.options.update(width=WIDEST), table).maximum > console.width:
+        table = _terminal_table(columns, lines, left_out="change")
     console.print()
     console.print(table)
     for line in ["", *closing_lines(report, mlflow, page)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)  # lines are for copying: never broken
+
+
+def _terminal_table(columns: Sequence[str], lines: Sequence[tuple[str, ...]], left_out: str = "") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    shown = [number for number, name in enumerate(columns) if name != left_out]
+    for name in (columns[number] for number in shown):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=name != "stage", overflow="fold")
+    for cells in ([line[number] for number in shown] for line in lines):
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+    return table
 
 
 def table_of(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -108,11 +120,20 @@ def _time(stage: StageReport) -> Row:
 
 def _quality(stage: StageReport | None, before: StageReport | None = None) -> Row:
     metrics = stage.metrics if stage else {}
-    forms = (("ppl", "perplexity", "{:.4g}"), ("vs source", "perplexity_change_pct", "{:+.1f} %"), ("KL", "kl_divergence", "{:.3g}"))
+    forms = (("ppl", "perplexity", "{:.4g}"), ("KL", "kl_divergence", "{:.3g}"))
     row = {column: form.format(metrics[name]) for column, name, form in forms if name in metrics}
+    if "perplexity_change_pct" in metrics:
+        row["vs source"] = perplexity_change(metrics)
     if "perplexity" in metrics and before is not None and "perplexity" in before.metrics:
         row["change"] = f"{100 * (metrics['perplexity'] / before.metrics['perplexity'] - 1):+.1f} %"
     return row
+
+
+def perplexity_change(metrics: Mapping[str, float]) -> str:
+    """`+9.0 % [8.1, 9.9]`: of the source's, with its 95 % interval where one is known."""
+    change = f"{metrics['perplexity_change_pct']:+.1f} %"
+    ends = [metrics[f"perplexity_change_pct_{end}"] for end in ("low", "high") if f"perplexity_change_pct_{end}" in metrics]
+    return f"{change} [{', '.join(f'{end:.0f}' if abs(end) >= 10 else f'{end:.1f}' for end in ends)}]" if ends else change
 
 
 def summary(report: Report) -> str:
@@ -127,8 +148,7 @@ def summary(report: Report) -> str:
     change = "the same size" if before == after else f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
     sizes = f"{format_size(before)} -> {format_size(after)}, {change}"
     if "perplexity_change_pct" in metrics:
-        change = f"{metrics['perplexity_change_pct']:+.1f} %"
-        sizes += f"; perplexity {metrics['reference_perplexity']:.4g} -> {metrics['perplexity']:.4g} ({change})"
+        sizes += f"; perplexity {metrics['reference_perplexity']:.4g} -> {metrics['perplexity']:.4g} ({perplexity_change(metrics)})"
     if "top1_agreement" in metrics:
         sizes += f"; agrees with the source on {100 * metrics['top1_agreement']:.1f} % of tokens"
     return sizes

@@ -39,7 +39,8 @@ class Evaluate(Stage):
     Every token but a document's first is scored once, in windows of `max_length` tokens (stages/runtime/windows.py).
     Metrics: `perplexity`, `nll_per_token` (nats), `bits_per_byte` (of the documents' UTF-8), `tokens` (scored), `documents`,
     `nbytes` (tensor data), `bits_per_weight`, `kv_bytes_per_token`; with a reference `reference_perplexity`,
-    `perplexity_change_pct`, `kl_divergence` (mean over tokens of KL(reference || model), nats), `kl_divergence_p99`,
+    `perplexity_change_pct` and the ends of its 95 % interval, `perplexity_change_pct_low` and `..._high` (a paired bootstrap over the
+    documents; absent where there is one document), `kl_divergence` (mean over tokens of KL(reference || model), nats), `kl_divergence_p99`,
     `top1_agreement` (0 to 1).
 
     A checkpoint with a `kv_cache.json` is scored with the INT8 cache that it asks for (stages/runtime/int8_cache.py), the reference
@@ -57,7 +58,7 @@ class Evaluate(Stage):
     No metric is made of a bucket, since how many tokens it holds depends on how long the documents are.
     """
 
-    name, version = "evaluate", 2
+    name, version = "evaluate", 3
     libraries: tuple[str, ...] = ("torch", "transformers", "compressed-tensors")
     lightens = {"execution.batch_size": HALVES, "execution.mode": ("layerwise",), "execution.hidden_states": (1 << 30,)}
 

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.artifact import Dataset
 from pipeline.layout import KVCacheSpec
+from stages.functional.bootstrap import paired_bootstrap
 from stages.runtime.scoring import CacheBytes, TokenScores
 from stages.runtime.text import encode_documents, load_tokenizer
 from stages.runtime.windows import position_buckets
@@ -92,12 +93,18 @@ class Tally:
                 "kl_divergence_p99": kl.kthvalue(math.ceil(0.99 * len(kl))).values.item(),  # nearest rank
                 "top1_agreement": total["top1_matches"] / tokens,
             }
+            metrics |= self._interval() if len(self.documents) > 1 else {}
         if "plain_cache_kl" in total:
             metrics |= {
                 "kv_cache_perplexity_change_pct": 100 * math.expm1(nll - total["plain_cache_nll"] / tokens),
                 "kv_cache_kl_divergence": total["plain_cache_kl"] / tokens,
             }
         return metrics
+
+    def _interval(self) -> dict[str, float]:
+        """Of the change of perplexity, 95 %: a paired bootstrap over the documents."""
+        found = paired_bootstrap(self.sums["nll"], self.sums["reference_nll"], self.sums["tokens"]).perplexity_change_pct
+        return {"perplexity_change_pct_low": found.low, "perplexity_change_pct_high": found.high}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each document in file order, as in report.json."""

@@ -95,7 +95,7 @@ def _checkpoints(ctx: Context, work: Path) -> list[Path]:
     usable = [checkpoint for checkpoint in found if (checkpoint / WEIGHTS).is_file() != is_sharded()]
     if process_index() == 0:
         shutil.rmtree(work / "partial", ignore_errors=True)
-    if usable != found:
+    if found and not usable:
         ctx.note("the interrupted training is not continued: one was sharded over several devices, the other is not; it starts again")
         wait_for_everyone()
         for checkpoint in found if process_index() == 0 else ():
@@ -236,7 +236,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # the library has no types
         os.rename(partial / name, final / name)
         for older in final.glob("checkpoint-*"):
             if older.name != name:
-                shutil.rmtree(older)
+                os.rename(older, partial / older.name)  # a kill during the removal leaves half a checkpoint under no name to resume from
+                shutil.rmtree(partial / older.name)
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.path.join(self.args.output_dir, "partial")

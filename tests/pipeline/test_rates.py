@@ -100,7 +100,7 @@ def test_other_machines_are_as_they_are_told(measured: list[Rates], target: Targ
 
 def test_rates_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GIVEN, '{"flops": -1}')
-    with pytest.raises(RecipeError, match="LLMPRESS_RATES: .*; write a JSON object with flops, float32_flops, bandwidth, call, or leave"):
+    with pytest.raises(RecipeError, match=r"LLMPRESS_RATES: .*; write a JSON object with flops, float32_flops, bandwidth, call, or leave"):
         at_measured_rates(Target.host())
 
 

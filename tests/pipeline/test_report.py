@@ -172,6 +172,22 @@ def test_a_model_measured_after_each_stage_makes_a_waterfall(model: Path, tmp_pa
     assert dict(zip(columns, rows[-1], strict=True))["time"] == "37.5 s"
 
 
+def test_a_change_stands_beside_its_interval_and_the_table_fits_its_terminal(model: Path, tmp_path: Path) -> None:
+    report = run(plan_of(model, tmp_path, order=["prune", "evaluate", "quantize", "evaluate"]), tmp_path)
+    ends = {"perplexity_change_pct_low": 48.25, "perplexity_change_pct_high": 71.9}
+    known = [stage.model_copy(update={"metrics": stage.metrics | ends}) if stage.reference else stage for stage in report.stages]
+    report = report.model_copy(update={"stages": known, "metrics": report.metrics | ends})
+    assert "perplexity 5 -> 8 (+60.0 % [48, 72])" in printed(report)
+    tables = {}
+    for width in (66, 100):
+        out = io.StringIO()
+        print_report(report, Console(file=out, width=width))
+        tables[width] = out.getvalue().strip().splitlines()[:5]
+    assert all("+60.0 % [48, 72]" in line for table in tables.values() for line in table[2:4])
+    assert "change" in tables[100][0] and "change" not in tables[66][0]
+    assert max(map(len, tables[66])) <= 66
+
+
 def test_a_measurement_that_was_not_reached_has_a_row_of_its_own(model: Path, tmp_path: Path) -> None:
     report = run(plan_of(model, tmp_path), tmp_path, StageFailed("quantize", "out of memory"), fail="quantize")
     assert [row[:2] for row in table_of(report)[1]] == [

@@ -15,6 +15,7 @@ from pipeline.kv_sidecar import CacheSettings, write_cache
 from pipeline.stage import Context
 from pipeline.target import Target
 from stages.evaluate import Evaluate
+from stages.functional.bootstrap import paired_bootstrap
 from stages.kv_cache import KVCache
 from stages.rtn import RTN
 from stages.runtime import windows
@@ -86,9 +87,13 @@ def test_every_number_equals_a_plain_loop_over_windows(tmp_path: Path, source: D
         "kl_divergence_p99": sorted(kl)[math.ceil(0.99 * len(kl)) - 1],
         "top1_agreement": sum(top1) / len(top1),
     }
+    saved = json.loads((report.path / "report.json").read_text())
+    columns = [torch.tensor([row[column] for row in saved["documents"]]) for column in ("nll", "reference_nll", "tokens")]
+    interval = paired_bootstrap(*columns).perplexity_change_pct
+    expected |= {"perplexity_change_pct_low": interval.low, "perplexity_change_pct_high": interval.high}
+    assert interval.low < expected["perplexity_change_pct"] < interval.high
     assert report.metrics == pytest.approx(expected, rel=1e-4)
     assert all(type(value) is float for value in report.metrics.values())
-    saved = json.loads((report.path / "report.json").read_text())
     assert saved["metrics"] == report.metrics
     assert [row["id"] for row in saved["documents"]] == [name for name, _ in text.documents()]
     assert [row["bytes"] for row in saved["documents"]] == sizes
@@ -203,7 +208,7 @@ def test_a_damaged_cache_file_is_refused(tmp_path: Path, text: Dataset) -> None:
 
 def test_without_a_reference_there_is_nothing_to_compare(tmp_path: Path, source: DenseCheckpoint, text: Dataset) -> None:
     report = evaluate(tmp_path, source, text)
-    assert "kl_divergence" not in report.metrics
+    assert not {"kl_divergence", "perplexity_change_pct_low"} & report.metrics.keys()
     rows = json.loads((tmp_path / "report.json").read_text())["documents"]
     assert {(row["reference_nll"], row["kl"], row["top1_matches"]) for row in rows} == {(None, None, None)}
 

@@ -232,6 +232,27 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
     }  # fmt: skip
 
 
+def test_a_kill_while_an_older_checkpoint_is_removed_leaves_the_newer_to_continue_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken, continued, events = Toy(), Toy(), []
+    expected = fit(tmp_path / "unbroken", unbroken)
+
+    def killed(folder: Path, **options: Any) -> None:
+        if not options and (tmp_path / "killed/checkpoint-4").exists():
+            (folder / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    remove = training.shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.shutil, "rmtree", killed)
+        fit(tmp_path / "killed", Toy(), pause=0)
+    found = fit(tmp_path / "killed", continued, events)
+    assert [event["text"] for event in events if event["event"] == "resumed"] == ["update 4 of 5"]
+    assert torch.equal(unbroken.head, continued.head) and found["train_loss"] == expected["train_loss"]
+
+
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, Toy(), pause=0)
     frozen = Toy()
