@@ -1,10 +1,11 @@
 """What distillation costs beside the loop most people write: transformers' Trainer with a `compute_loss` over whole logits.
 
-    python bench/distill.py [--windows 48] [--repeats 2] [--words 128256] [--tokens 1024]
+    python bench/distill.py [--dtype fp32] [--windows 48] [--repeats 2] [--words 128256] [--tokens 1024]
 
-The shipped model teaches itself with half its MLP pruned away, in windows of 512 tokens, bf16 autocast, micro batches of 8 in
-batches of 16. Each measured run is a process of its own, on as many cores as OMP_NUM_THREADS says; tokens per CPU second are what
-to compare on a machine that others use. Then the loss alone at a large vocabulary: its peak memory above what the process had.
+The shipped model teaches itself with half its MLP pruned away, in windows of 512 tokens and micro batches of 8 in batches of 16, in the
+dtype that this processor multiplies fastest or the one that is given (bf16: autocast). Each measured run is a process of its own, on as
+many cores as OMP_NUM_THREADS says; tokens per CPU second are what to compare on a machine that others use. Then the loss alone at a large
+vocabulary: its peak memory above what the process had.
 """
 
 import argparse
@@ -17,6 +18,9 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from bench.processor import processor
+from pipeline.compute_dtype import processor_dtype
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LENGTH, MICRO, BATCH, TEMPERATURE, ALPHA, K = 512, 8, 16, 2.0, 0.7, 32
@@ -49,11 +53,11 @@ def text() -> Any:
     return Dataset(file, DatasetSpec(split="train", digest="0", nbytes=file.stat().st_size))
 
 
-def run_stage(scratch: Path, windows: int, teacher: Any, alpha: float = ALPHA) -> dict[str, float]:
+def run_stage(scratch: Path, windows: int, dtype: str, teacher: Any, alpha: float = ALPHA) -> dict[str, float]:
     from pipeline.artifact import DenseCheckpoint
     from stages.distill import Distill
 
-    params = {"num_samples": windows, "max_length": LENGTH, "global_batch_size": BATCH, "alpha": alpha}
+    params = {"num_samples": windows, "max_length": LENGTH, "global_batch_size": BATCH, "alpha": alpha, "compute_dtype": dtype}
     stage = Distill.from_dict(params, {"micro_batch_size": MICRO, "device": "cpu"})
     clock: dict[int, float] = {}
 
@@ -66,20 +70,20 @@ def run_stage(scratch: Path, windows: int, teacher: Any, alpha: float = ALPHA) -
     return rate(clock) | {"loss": made.metrics["train_loss"]}
 
 
-def distill_online(scratch: Path, windows: int) -> dict[str, float]:
+def distill_online(scratch: Path, windows: int, dtype: str) -> dict[str, float]:
     from pipeline.artifact import DenseCheckpoint
 
-    return run_stage(scratch, windows, DenseCheckpoint(ASSETS / "small-llama"))
+    return run_stage(scratch, windows, dtype, DenseCheckpoint(ASSETS / "small-llama"))
 
 
-def distill_stored(scratch: Path, windows: int) -> dict[str, float]:
+def distill_stored(scratch: Path, windows: int, dtype: str) -> dict[str, float]:
     from pipeline.artifact import TeacherLogits
 
-    return run_stage(scratch, windows, TeacherLogits(scratch / "logits"))
+    return run_stage(scratch, windows, dtype, TeacherLogits(scratch / "logits"))
 
 
-def distill_without_teacher(scratch: Path, windows: int) -> dict[str, float]:
-    return run_stage(scratch, windows, None, alpha=0.0)
+def distill_without_teacher(scratch: Path, windows: int, dtype: str) -> dict[str, float]:
+    return run_stage(scratch, windows, dtype, None, alpha=0.0)
 
 
 def rate(clock: dict[int, float]) -> dict[str, float]:
@@ -87,7 +91,7 @@ def rate(clock: dict[int, float]) -> dict[str, float]:
     return {"tokens_per_cpu_second": (len(clock) - 1) * BATCH * LENGTH / (clock[max(clock)] - clock[min(clock)])}
 
 
-def plain_trainer(scratch: Path, windows: int, with_teacher: bool) -> dict[str, float]:
+def plain_trainer(scratch: Path, windows: int, dtype: str, with_teacher: bool) -> dict[str, float]:
     """The model's own loss, or a `compute_loss` over both models' whole logits."""
     import torch
     from torch.nn import functional
@@ -115,11 +119,13 @@ def plain_trainer(scratch: Path, windows: int, with_teacher: bool) -> dict[str, 
             return ALPHA * TEMPERATURE**2 * kl / LENGTH + (1 - ALPHA) * student.loss
 
     student = AutoModelForCausalLM.from_pretrained(scratch / "student", dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(ASSETS / "small-llama", dtype=torch.bfloat16).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(
+        ASSETS / "small-llama", dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
+    ).eval()
     ids = calibration_windows(text(), load_tokenizer(scratch / "student"), windows, LENGTH)
     arguments = TrainingArguments(
         output_dir=str(scratch / "trainer"), per_device_train_batch_size=MICRO, gradient_accumulation_steps=BATCH // MICRO,
-        num_train_epochs=1, learning_rate=1e-4, bf16=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+        num_train_epochs=1, learning_rate=1e-4, bf16=dtype == "bf16", use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
         logging_steps=10**6,
     )  # fmt: skip
     samples: Any = [{"input_ids": row, "labels": row} for row in ids]
@@ -127,12 +133,12 @@ def plain_trainer(scratch: Path, windows: int, with_teacher: bool) -> dict[str, 
     return rate(clock)
 
 
-def trainer_cross_entropy(scratch: Path, windows: int) -> dict[str, float]:
-    return plain_trainer(scratch, windows, with_teacher=False)
+def trainer_cross_entropy(scratch: Path, windows: int, dtype: str) -> dict[str, float]:
+    return plain_trainer(scratch, windows, dtype, with_teacher=False)
 
 
-def trainer_whole_logits(scratch: Path, windows: int) -> dict[str, float]:
-    return plain_trainer(scratch, windows, with_teacher=True)
+def trainer_whole_logits(scratch: Path, windows: int, dtype: str) -> dict[str, float]:
+    return plain_trainer(scratch, windows, dtype, with_teacher=True)
 
 
 def loss_memory(words: int, tokens: int, way: str) -> dict[str, float]:
@@ -190,12 +196,12 @@ def in_a_process(*arguments: str) -> dict[str, float]:
     return result
 
 
-def compare(scratch: Path, windows: int, repeats: int, words: int, tokens: int) -> None:
+def compare(scratch: Path, dtype: str, windows: int, repeats: int, words: int, tokens: int) -> None:
     in_a_process("--job", "prepare", "--scratch", str(scratch), "--windows", str(windows))
-    print(f"{windows} windows of {LENGTH}, median of {repeats}; load average {os.getloadavg()[0]:.1f}")
+    print(f"{processor()}\n{dtype}, {windows} windows of {LENGTH}, median of {repeats}")
     rows: dict[str, list[float]] = {name: [] for name in JOBS}
     for name in [*JOBS] * repeats:  # in turn, so that what else the machine does falls on all of them
-        found = in_a_process("--job", name, "--scratch", str(scratch), "--windows", str(windows))
+        found = in_a_process("--job", name, "--scratch", str(scratch), "--windows", str(windows), "--dtype", dtype)
         rows[name].append(found["tokens_per_cpu_second"])
     for name, rates in rows.items():
         print(f"{name:26} {median(rates):7.0f} tokens / CPU s", flush=True)
@@ -207,6 +213,7 @@ def compare(scratch: Path, windows: int, repeats: int, words: int, tokens: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default=processor_dtype())
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--words", type=int, default=128_256)
@@ -221,10 +228,10 @@ def main() -> None:
         prepare(args.scratch, args.windows)
         print("{}")
     elif args.job:
-        print(json.dumps(JOBS[args.job](args.scratch, args.windows)))
+        print(json.dumps(JOBS[args.job](args.scratch, args.windows, args.dtype)))
     else:
         with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench-distill-") as scratch:
-            compare(Path(scratch), args.windows, args.repeats, args.words, args.tokens)
+            compare(Path(scratch), args.dtype, args.windows, args.repeats, args.words, args.tokens)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from bench.memory import ASSETS, SMALL, config, make_checkpoint
+from bench.processor import processor
 from pipeline.artifact import Dataset, DenseCheckpoint, HiddenStates
 from pipeline.compute_dtype import processor_dtype
 from pipeline.stage import Context
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    print(f"{processor()}; {options.dtype}")
     print(ROW.format("", "tokens", "bare loop", "stage", "ratio", "low median high"))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"

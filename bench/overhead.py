@@ -1,74 +1,88 @@
-"""What the pipeline costs over a plain script that calls the same stages: `python bench/overhead.py [--repeats 3]`.
+"""What the pipeline costs over a plain script that calls the same stages: `python bench/overhead.py [--dtype fp32] [--repeats 3]`.
 
 The plain script is one process that imports the libraries once and calls each stage's own function, in the same order, on the
-same data, with no graph, store, hashes, workers or tracking. The pipeline is `run recipe=quickstart` into an empty outputs
-folder, MLflow included. The two alternate in one run, since machines are noisy; the figures are medians. Then the same command
-again: every stage a hit.
+same data, with no graph, store, hashes, workers or tracking; its evaluations compute the reference anew each time, as such a script
+would. The pipeline is `run recipe=quickstart` into an empty outputs folder, MLflow included. The two alternate in one run, since
+machines are noisy; the figures are medians, wall and CPU seconds. Then the same command again: every stage a hit.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.processor import processor
 
 ROOT = Path(__file__).parents[1]
 PLAIN = """
-import sys
+import json, sys
 from pathlib import Path
-from pipeline.artifact import Dataset, DenseCheckpoint, QuantizedCheckpoint
+from pipeline.artifact import Dataset, DenseCheckpoint
+from pipeline.artifact_spec import DatasetSpec
 from pipeline.stage import Context, find_stage
 assets, out = Path(sys.argv[1]), Path(sys.argv[2])
-def run(name, params, **inputs):
-    folder = out / name
+def text(split):
+    file = assets / "data" / f"{split}.jsonl"
+    return Dataset(file, DatasetSpec(split=split, digest="0", nbytes=file.stat().st_size))
+made = {"model": DenseCheckpoint(assets / "small-llama")} | {f"data.{split}": text(split) for split in ("train", "calibration", "eval")}
+for node in json.loads(Path(sys.argv[3]).read_text()):
+    folder = out / node["name"]
     folder.mkdir(parents=True)
-    return find_stage(name.partition("-")[0]).from_dict(params).run(Context(folder, lambda event: None), **inputs)
-source = DenseCheckpoint(assets / "small-llama")
-text = {split: Dataset(assets / "data" / f"{split}.jsonl") for split in ("calibration", "eval")}
-run("evaluate-source", {}, model=source, eval=text["eval"])
-pruned = run("structured_prune", PRUNE, model=source, **({"calibration": text["calibration"]} if CALIBRATED else {}))
-packed = run("gptq", QUANTIZE, model=pruned, calibration=text["calibration"])
-run("evaluate-final", {}, model=packed, eval=text["eval"], reference=source)
+    stage = find_stage(node["stage"]).from_dict(node["params"])
+    found = stage.run(Context(folder, lambda event: None), **{port: made[place] for port, place in node["inputs"].items()})
+    for port, artifact in found.items() if isinstance(found, dict) else [(None, found)]:
+        made[f"{node['name']}.{port or node['main']}"] = artifact
 """
 
 
-def seconds(command: list[str]) -> float:
-    """Wall time of a command that must succeed."""
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def seconds(command: list[str], dtype: str) -> tuple[float, float]:
+    """Wall and CPU seconds of a command that must succeed, those of the processes that it starts included."""
+    before, started = sum(os.times()[2:4]), time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LLMPRESS_COMPUTE_DTYPE": dtype}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    return time.perf_counter() - started
+    return time.perf_counter() - started, sum(os.times()[2:4]) - before
 
 
-def plain_script() -> str:
-    """The script with the parameters that the quickstart recipe composes to."""
+def nodes(dtype: str) -> list[dict[str, Any]]:
+    """What the quickstart recipe composes to, without what is there for other stages alone."""
     command = [sys.executable, "-m", "pipeline", "recipe=quickstart", "mode=plan", "format=json"]
-    nodes = {node["name"]: node for node in json.loads(subprocess.check_output(command, cwd=ROOT))["nodes"]}
-    prune, quantize = ({k: v for k, v in nodes[name]["params"].items() if v is not None} for name in ("prune", "quantize"))
-    calibrated = "calibration" in nodes["prune"]["inputs"]
-    return PLAIN.replace("PRUNE", repr(prune)).replace("QUANTIZE", repr(quantize)).replace("CALIBRATED", repr(calibrated))
+    plan = subprocess.check_output(command, cwd=ROOT, env={**os.environ, "LLMPRESS_COMPUTE_DTYPE": dtype})
+    kept = [node for node in json.loads(plan)["nodes"] if node["stage"] != "hidden_states"]
+    return [{key: node[key] for key in ("name", "stage", "params", "inputs")} | {"main": next(iter(node["outputs"]))} for node in kept]
+
+
+def compare(dtype: str, repeats: int) -> None:
+    plain, piped, cached = [], [], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+            steps = Path(folder) / "steps.json"
+            steps.write_text(json.dumps(nodes(dtype)))
+            plain.append(seconds([sys.executable, "-c", PLAIN, str(ROOT / "assets"), f"{folder}/plain", str(steps)], dtype))
+            command = [sys.executable, "-m", "pipeline", "recipe=quickstart", f"outputs={folder}/outputs"]
+            piped.append(seconds(command, dtype))
+            cached.append(seconds(command, dtype))
+    for label, rows in (("plain script", plain), ("pipeline", piped), ("every stage a hit", cached)):
+        wall, cpu = (median(column) for column in zip(*rows, strict=True))
+        print(f"{dtype}  {label:<18} {wall:7.1f} s {cpu:7.1f} CPU s", flush=True)
+    ratios = [f"{median(a[column] / b[column] for a, b in zip(piped, plain, strict=True)):.2f}" for column in (0, 1)]
+    print(f"{dtype}  pipeline / script  {ratios[0]:>6}x {ratios[1]:>6}x", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    script, plain, piped, cached = plain_script(), [], [], []
-    for repeat in range(args.repeats):
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-            plain.append(seconds([sys.executable, "-c", script, str(ROOT / "assets"), f"{folder}/plain"]))
-            command = [sys.executable, "-m", "pipeline", "recipe=quickstart", f"outputs={folder}/outputs"]
-            piped.append(seconds(command))
-            cached.append(seconds(command))
-        print(f"{repeat + 1}: plain script {plain[-1]:.1f} s, pipeline {piped[-1]:.1f} s, all hits {cached[-1]:.2f} s", flush=True)
-    base, full = statistics.median(plain), statistics.median(piped)
-    print(f"median: plain script {base:.1f} s, pipeline {full:.1f} s: {full - base:+.1f} s, {100 * (full / base - 1):+.1f} %")
-    print(f"median with every stage a hit: {statistics.median(cached):.2f} s")
+    print(processor())
+    for dtype in args.dtype:
+        compare(dtype, args.repeats)
 
 
 if __name__ == "__main__":

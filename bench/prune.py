@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.processor import processor
 from pipeline.library_defaults import LIBRARY_DEFAULTS
 
 SEQUENCE = 256
@@ -145,11 +145,6 @@ def print_job(job: str, source: Path, target: Path, tokens: int) -> None:
     print(json.dumps(above | {"floor": floor["peak"]}))
 
 
-def processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
-
-
 def sha256_seconds() -> float:
     """CPU seconds a GB, which is the floor of whatever hashes."""
     block, started = bytes(1 << 20), time.process_time()
@@ -163,7 +158,7 @@ def compare(scratch: Path, repeats: int, tokens: int) -> None:
     source, target = scratch / "source", scratch / "target"
     run_job("make_checkpoint", source, target, tokens)
     size = sum(file.stat().st_size for file in source.iterdir())
-    print(f"{processor()}, load average {os.getloadavg()[0]:.1f}; source {size / 1e9:.2f} GB, kept {PARAMS}")
+    print(f"{processor()}; source {size / 1e9:.2f} GB, kept {PARAMS}")
     print(f"sha256 of bytes in cache: {sha256_seconds():.2f} CPU s/GB\n")
     timed(["cp", "-r", str(source), str(target)])
     shutil.rmtree(target)

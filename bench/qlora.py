@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint
 from pipeline.artifact_spec import DatasetSpec
+from pipeline.compute_dtype import processor_dtype
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
     parser.add_argument("--alphas", type=float, nargs="+", default=[2.0], help="lora_alpha as a multiple of the rank")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--dtype", default=processor_dtype())
     options = parser.parse_args()
     spec = ModelSpec.from_config(json.loads((options.model / "config.json").read_text()))
     source, text, train = DenseCheckpoint(options.model, spec), Dataset(ASSETS / "data/eval.jsonl"), ASSETS / "data/train.jsonl"
@@ -56,7 +57,7 @@ def main() -> None:
         score("source", source, "", "", "")
         score("pruned", pruned, "", "", "")
         for rank, alpha, rate, seed in itertools.product(options.ranks, options.alphas, options.learning_rates, options.seeds):
-            params = {"num_samples": options.tokens // options.max_length, "max_length": options.max_length, "dtype": options.dtype}
+            params = {"num_samples": options.tokens // options.max_length, "max_length": options.max_length, "compute_dtype": options.dtype}
             params |= {"rank": rank, "lora_alpha": alpha * rank, "learning_rate": rate, "seed": seed, "global_batch_size": options.batch}
             made = run_stage("qlora", folder / f"{rank}-{alpha}-{rate}-{seed}", params, model=pruned, train=data)
             found = made.adapter.metrics

@@ -2,7 +2,7 @@
 
     python bench/recovery.py [--outputs outputs]
 
-Variants of the quickstart are run through the store, so that what they share is computed once and an interrupted bench goes on. Each
+Variants of the recipe whole_pipeline are run through the store, so that what they share is computed once and an interrupted bench goes on. Each
 final model is measured on the same documents; intervals are 95 % paired bootstrap over documents, and a difference whose interval
 holds 0 is called a tie. `recovered` is the share of what pruning cost, in nats per token, that a variant has won back.
 """
@@ -31,7 +31,7 @@ Losses = dict[str, torch.Tensor]  # [documents] float64 by column of report.json
 
 
 def variants(stages: dict[str, Any]) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """Name -> (order without the final evaluate, stages that differ from the quickstart's)."""
+    """Name -> (order without the final evaluate, stages that differ from the recipe's)."""
     table: dict[str, tuple[list[str], dict[str, Any]]] = {
         "prune": (["prune"], {}),
         "prune, cross-entropy": (["prune", "text"], {}),
@@ -59,9 +59,9 @@ def pairs() -> list[tuple[str, str]]:
     return chosen + [(f"all, awq 4 bits, {mode}", "all, awq 4 bits") for mode in ("per_token_head", "static")]
 
 
-def quickstart() -> dict[str, Any]:
+def whole_pipeline() -> dict[str, Any]:
     """Its stages; `text`, its distill without a teacher, on the same tokens; `tune`, its qlora on that text and as many tokens."""
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes" / "quickstart.yaml"))
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes" / "whole_pipeline.yaml"))
     assert isinstance(content, dict)
     rows = [row for row in content["defaults"] if isinstance(row, dict)]
     chosen = {key.rpartition(".")[2]: stage for row in rows for key, stage in row.items()}
@@ -92,7 +92,7 @@ def measure(order: list[str], stages: dict[str, Any], outputs: Path, server: For
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs")
-    outputs, base = parser.parse_args().outputs.absolute(), quickstart()
+    outputs, base = parser.parse_args().outputs.absolute(), whole_pipeline()
     table, found = [ROW.format("variant", "size", "ppl", "against the source", "KL", "recovered")], {}
     with ForkServer(outputs / "bench.log") as server:
         for name, (order, changes) in variants(base).items():
