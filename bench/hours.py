@@ -2,8 +2,9 @@
 
     python bench/hours.py [recipe=quickstart] [any other override, such as stages.distill.num_samples=64]
 
-Runs the recipe into an empty store. `cpu` is what the stage's process and those that it started computed: where others share the cores, it
-tells more than the time does. The last row is the whole run, the imports that its workers share included.
+Runs the recipe into an empty store. `cpu` is what the stage's process and those that it started computed (of the first stage, the imports
+that workers share too), `others` the share of all cores that other processes took meanwhile: a row is worth something where that is next to
+nothing. The last row is the whole run.
 """
 
 import os
@@ -11,11 +12,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from pipeline import compose, machine
+from bench.processor import processor
+from pipeline import compose
 from pipeline.executor import execute
 from pipeline.plan import Plan, make_plan
 from pipeline.process import ForkServer
@@ -23,7 +25,7 @@ from pipeline.recipe import read_config
 from pipeline.roofline import usual_utilisation
 from pipeline.store import Store, check_writable
 
-ROW = "{:<24} {:>9} {:>9} {:>9} {:>17}"
+ROW = "{:<24} {:>9} {:>9} {:>9} {:>7} {:>17}"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -32,24 +34,35 @@ class Measured:
 
     def __init__(self, plan: Plan, server: ForkServer) -> None:
         self.planned = {node.name: node.seconds for node in plan.nodes}
-        self.server, self.computed = server, 0.0
+        self.server, self.before = server, Used.now(server)
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "node_finished":
-            before, self.computed = self.computed, computed(self.server)
-            row(event["node"], self.planned[event["node"]], event["seconds"], self.computed - before)
+            used = Used.now(self.server)
+            row(event["node"], self.planned[event["node"]], event["seconds"], self.before, used)
+            self.before = used
 
 
-def computed(server: ForkServer) -> float:
-    """CPU seconds of the fork server and all workers that have ended."""
-    assert server._server is not None, "a stage has run"
-    fields = Path(f"/proc/{server._server.pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / TICKS
+class Used(NamedTuple):
+    """Seconds since some moment: that passed, that the fork server and all workers that have ended computed, that anybody did."""
+
+    passed: float
+    own: float
+    anybody: float
+
+    @classmethod
+    def now(cls, server: ForkServer) -> "Used":
+        fields = Path(f"/proc/{server._server.pid}/stat").read_text().rpartition(")")[2].split()[11:15] if server._server else []
+        idle = (first := Path("/proc/stat").read_text().split("\n")[0].split()[1:])[3:5]
+        busy = sum(map(int, first[:8])) - sum(map(int, idle))
+        return cls(time.monotonic(), sum(map(int, fields)) / TICKS, busy / TICKS)
 
 
-def row(name: str, planned: float | None, took: float, cpu: float) -> None:
+def row(name: str, planned: float | None, took: float, before: Used, after: Used) -> None:
     ratio = f"{planned / took:.2f}" if planned is not None else "not known"
-    print(ROW.format(name, f"{planned or 0:.2f} s", f"{took:.2f} s", f"{cpu:.2f} s", ratio), flush=True)
+    own, passed = after.own - before.own, after.passed - before.passed
+    others = max(after.anybody - before.anybody - own, 0) / passed / (os.cpu_count() or 1)
+    print(ROW.format(name, f"{planned or 0:.2f} s", f"{took:.2f} s", f"{own:.2f} s", f"{others:.0%}", ratio), flush=True)
 
 
 def main() -> None:
@@ -69,12 +82,13 @@ def main() -> None:
         told, dtypes = plan.recipe.machine, {node.stage.compute_dtype for node in plan.nodes} - {None}
         rates = {"flops": told.flops, "float32_flops": told.float32_flops, "bandwidth": told.bandwidth}
         said = [f"target.{name}={rate / 1e9:.4g}e9" for name, rate in rates.items() if rate]
-        print(f"{machine.fingerprint()}; computed in {' and '.join(sorted(map(str, dtypes)))}; load {os.getloadavg()[0]:.1f} before")
+        print(f"{processor()}; computed in {' and '.join(sorted(map(str, dtypes)))}")
         print(f"{' '.join(said)} target.core_speed={told.core_speed:.3g}, of which {usual_utilisation(told):.0%} are planned with\n")
-        print(ROW.format("stage", "planned", "measured", "cpu", "planned/measured"))
-        started = time.monotonic()
+        print(ROW.format("stage", "planned", "measured", "cpu", "others", "planned/measured"))
+        started = Used.now(server)
         execute(plan, store, Path(name) / "run", [Measured(plan, server)], server)
-        row("all", plan.seconds, time.monotonic() - started, computed(server))
+        ended = Used.now(server)
+        row("all", plan.seconds, ended.passed - started.passed, started, ended)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pipeline.rates import at_measured_rates
 from pipeline.recipe import Recipe
 from pipeline.recipe_digest import recipe_digest
 from pipeline.requantize import configured, left_dense
-from pipeline.roofline import Work, dollars, seconds
+from pipeline.roofline import STARTED, STARTING, Work, dollars, seconds
 from pipeline.served import Served, known_targets, senseless, served
 from pipeline.shared_passes import share_passes
 from pipeline.shortage import Shortage, lacking, shortage
@@ -99,9 +99,14 @@ class Plan:
         return tuple(node for node in self.nodes if node.status != "hit")
 
     @property
+    def starting(self) -> float:
+        """Seconds of imports before the first stage begins; 0 where nothing is to run, and on a machine whose cores nobody measured."""
+        return seconds(Work(overhead=STARTING), self.recipe.machine) or 0.0 if self.to_run else 0.0
+
+    @property
     def seconds(self) -> float | None:
-        """Of all that is to run, one after the other; None where that of one is not known."""
-        return _sum(node.seconds for node in self.to_run)
+        """Of all that is to run, one after the other, and of starting; None where that of one is not known."""
+        return _sum([self.starting, *(node.seconds for node in self.to_run)])
 
     @property
     def dollars(self) -> float | None:
@@ -262,6 +267,7 @@ class _Evaluation:
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in (*node.inputs.items(), *node.derived.items())}
         machine, work = self.recipe.machine, node.stage.work(**specs)
         memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
+        work = None if work is None else work + Work(overhead=STARTED)
         lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
         return {
             "memory": memory,
