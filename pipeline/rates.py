@@ -2,8 +2,8 @@
 
     at_measured_rates(Target.host()).float32_flops    # 1.6e11: the first time after a few seconds, later from a file
 
-A plan for `host` then has hours. Measured are matrix products in both dtypes, a copy within memory, and calls of a tiny operation, which
-tell how fast a core is at everything else. The file lies in $XDG_CACHE_HOME or ~/.cache, one for each processor, number of cores,
+A plan for `host` then has hours. Measured are matrix products in both dtypes, a copy within memory, and a layer's normalisation, which
+tells how fast a core is at everything else. The file lies in $XDG_CACHE_HOME or ~/.cache, one for each processor, number of cores,
 version of torch and setting of its libraries. What was measured while others used the machine
 is taken for an hour only. No key holds a rate.
 
@@ -34,23 +34,25 @@ GIVEN = "LLMPRESS_RATES"
 SETTINGS = (  # of the libraries that multiply: which instructions they use, and how many threads
     "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_NUM_THREADS",
 )  # fmt: skip
-CALL = 1.35e-6  # seconds of a tiny operation on the core that stages' figures are of: a Xeon with AMX, unoccupied
+VALUE = 3.6e-9  # seconds of normalising a value on the core that stages' figures are of: a virtual one of a Xeon with AMX
 BUSY_LASTS = 3600  # seconds
 TIMEOUT = 120  # seconds: importing torch from a slow disk takes most of them
 
 
 class Rates(Frozen):
-    """FLOP/s of products in bf16 and float32 and bytes/s of a copy, by all cores together; seconds of calling a tiny operation."""
+    """FLOP/s of products in bf16 and float32 and bytes/s of a copy, by all threads together; seconds in which one thread
+    normalises a value, as a layer does: of the work beside products, what depends least on the moment."""
 
     flops: float = Field(gt=0)
     float32_flops: float = Field(gt=0)
     bandwidth: float = Field(gt=0)
-    call: float = Field(gt=0)
+    value: float = Field(gt=0)
+    threads: int = Field(ge=1)  # that a library uses here: of a machine's cores those that it may, and that are not the half of another
     quiet: bool = True  # whether nothing else kept the cores from it
 
     @property
     def core_speed(self) -> float:
-        return CALL / self.call
+        return VALUE / self.value
 
 
 RATES = ("flops", "float32_flops", "bandwidth", "core_speed")  # of a target, by the same names
@@ -62,7 +64,10 @@ def at_measured_rates(target: Target) -> Target:
     if target.name != "host" or target.gpus or not absent:
         return target
     found = _given(os.environ[GIVEN]) if os.environ.get(GIVEN) else _measured(*_identity())
-    return target.model_copy(update={name: getattr(found, name) for name in absent}) if found else target
+    if found is None:
+        return target
+    measured = {name: getattr(found, name) for name in absent}
+    return target.model_copy(update=measured | {"cores": min(target.cores or found.threads, found.threads)})
 
 
 def _given(text: str) -> Rates:

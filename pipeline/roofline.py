@@ -20,13 +20,13 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target
 
 UTILISATION = 0.4  # of the peak: Llama 3 405B trained at 0.38 to 0.43 (https://arxiv.org/abs/2407.21783, table 4)
-MEASURED_UTILISATION = 0.6  # of what a processor was measured to reach with a Linear layer of middling size
+MEASURED_UTILISATION = 0.75  # of what a processor was measured to reach with a Linear layer of middling size
 # Times slower than bf16, where a target does not say: 312 to 19.5 TFLOP/s (A100 data sheet), as torch uses TF32 only if told (2 on an
 # RTX 4090); and 2.3 measured on a core with AVX-512 BF16.
 FLOAT32_GPU = 16
 FLOAT32_CPU = 2
 CORE_FLOPS = 2e11  # FLOP/s in bf16 of a core beside GPUs: 210e9 measured on one of an EPYC with AVX-512 BF16 ...
-STARTING, STARTED = 7.0, 0.2  # seconds of a core: the server's imports before the first stage, and of a stage's process
+STARTING, STARTED = 6.0, 0.15  # seconds of a core: the server's imports before the first stage, and of a stage's process
 CORES = 8  # ... and how many there are at least, where the target does not say: clouds rent an A100 with 12 and more
 
 

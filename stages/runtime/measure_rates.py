@@ -1,7 +1,7 @@
 """`python -m stages.runtime.measure_rates`: what this machine's processor computes a second, as one line of JSON (pipeline/rates.py).
 
-Of a few calls the fastest counts, since others may use the cores too. They may also keep all cores from working together, where a single
-one is as fast as ever: then its rate is taken, which all reach together at least.
+Of a few calls the fastest counts, since others may use the cores too. They may also keep all threads from working together, where a single
+one is as fast as ever in the time that it gets: then its rate is taken, which all reach together at least.
 """
 
 import json
@@ -12,8 +12,7 @@ import torch
 
 ROWS, SIDE = 1024, 512  # tokens, and inputs and outputs of a Linear layer
 COPIED = 32 << 20  # bytes: more than the caches that cores have of their own
-CALLS = 500  # of the tiny operation, in one go
-LASTS = 0.05  # seconds that one thing is measured, at least ...
+LASTS = 0.1  # seconds that one thing is measured, at least ...
 FEWEST = 3  # ... and so many calls
 QUIET_SHARE = 0.75  # of its threads' time that a process gets on a machine of its own: 0.9 and more
 
@@ -27,8 +26,8 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = {dtype: _product(dtype) for dtype in together}
     flops, float32_flops = (max(together[dtype], alone[dtype]) for dtype in together)
-    rates = {"flops": flops, "float32_flops": float32_flops, "bandwidth": max(bandwidth, _copy()), "call": _call()}
-    print(json.dumps(rates | {"quiet": share > QUIET_SHARE}))
+    rates = {"flops": flops, "float32_flops": float32_flops, "bandwidth": max(bandwidth, _copy()), "value": _value()}
+    print(json.dumps(rates | {"threads": threads, "quiet": share > QUIET_SHARE}))
 
 
 def _product(dtype: torch.dtype) -> float:
@@ -44,25 +43,27 @@ def _copy() -> float:
     return 2 * COPIED / _fastest(lambda: target.copy_(source))
 
 
-def _call() -> float:
-    """Seconds of an operation on next to nothing."""
-    value = torch.ones(16)
+def _value() -> float:
+    """Seconds of normalising a value, and of the activation function that comes after."""
+    tokens = torch.ones(ROWS, SIDE, dtype=torch.bfloat16)
 
-    def calls() -> None:
-        for _ in range(CALLS):
-            value.add(value)
+    def normalise() -> torch.Tensor:
+        values = tokens.float()
+        values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return torch.nn.functional.silu(values.to(tokens.dtype)) * tokens
 
-    return _fastest(calls) / CALLS
+    return _fastest(normalise) / tokens.numel()
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of several calls, the first not counted."""
+    """Seconds of the fastest of several calls, the first not counted; of a single thread, seconds that it had a core."""
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
     call()
     found: list[float] = []
     while len(found) < FEWEST or sum(found) < LASTS:
-        started = time.perf_counter()
+        started = clock()
         call()
-        found.append(time.perf_counter() - started)
+        found.append(clock() - started)
     return min(found)
 
 

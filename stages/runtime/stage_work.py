@@ -37,13 +37,13 @@ CHECKED = 16e9  # bytes searched for nan and inf as they pass by to be digested
 TOKENIZED = 2.5e6  # bytes of text
 
 # Seconds of a core, of what is no product, counted on processors that were measured (Target.core_speed):
-FLOWED = 0.9e-9  # for each value that a layer passes on in a forward
+FLOWED = 1.4e-9  # for each value that a layer passes on in a forward
 TRAINED = 4  # forwards' worth of it in a forward and backward
-SCORED = 5e-9  # for each logit: its loss
-COMPARED = 10e-9  # ... and the divergence from another model's
+SCORED = 6.5e-9  # for each logit: its loss
+COMPARED = 13e-9  # ... and the divergence from another model's
 LEARNED = 12e-9  # ... its loss and gradient
-DISTILLED = 40e-9  # ... the divergence from a teacher's at a temperature, and its gradient
-TRAINER = 1.8  # importing transformers' Trainer, and peft and bitsandbytes with it
+DISTILLED = 24e-9  # ... the divergence from a teacher's at a temperature, and its gradient
+TRAINER = 2.3  # importing transformers' Trainer, and peft and bitsandbytes with it
 LLM_COMPRESSOR = 3.0  # importing llm-compressor, and its sessions
 
 # Bytes moved in the memory of the device that computes:

@@ -12,13 +12,13 @@ from pipeline import rates
 from pipeline.compose import resources
 from pipeline.errors import RecipeError
 from pipeline.plan import make_plan
-from pipeline.rates import BUSY_LASTS, CALL, GIVEN, Rates, at_measured_rates
+from pipeline.rates import BUSY_LASTS, GIVEN, VALUE, Rates, at_measured_rates
 from pipeline.roofline import Work, seconds
 from pipeline.store import Store
 from pipeline.target import Target
 from tests.pipeline.shipped import plan_of_shipped
 
-FOUND = Rates(flops=2e11, float32_flops=1e11, bandwidth=1e10, call=2 * CALL)
+FOUND = Rates(flops=2e11, float32_flops=1e11, bandwidth=1e10, value=2 * VALUE, threads=1)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def asked_anew() -> Target:
 
 def test_a_machine_is_measured_once(measured: list[Rates], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     host = asked_anew()
-    assert (host.flops, host.float32_flops, host.bandwidth, host.core_speed) == (2e11, 1e11, 1e10, 0.5)
+    assert (host.flops, host.float32_flops, host.bandwidth, host.core_speed, host.cores) == (2e11, 1e11, 1e10, 0.5, 1)
     assert "remembered" in capsys.readouterr().err
     assert asked_anew() == host and len(measured) == 1
     (file,) = (tmp_path / "cache/llmpress").iterdir()
@@ -100,7 +100,9 @@ def test_other_machines_are_as_they_are_told(measured: list[Rates], target: Targ
 
 def test_rates_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GIVEN, '{"flops": -1}')
-    with pytest.raises(RecipeError, match=r"LLMPRESS_RATES: .*; write a JSON object with flops, float32_flops, bandwidth, call, or leave"):
+    with pytest.raises(
+        RecipeError, match=r"LLMPRESS_RATES: .*; write a JSON object with flops, float32_flops, bandwidth, value, threads, or leave"
+    ):
         at_measured_rates(Target.host())
 
 
@@ -117,9 +119,9 @@ def test_a_process_that_cannot_measure_is_told_of(
 
 
 def test_a_process_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What it says makes sense: a copy is no faster than 10 TB/s, and a tiny operation takes no millisecond."""
+    """What it says makes sense: a copy is no faster than 10 TB/s, and a value takes no microsecond."""
     found = rates._measure()
-    assert found is not None and found.float32_flops > 1e8 and found.bandwidth < 1e13 and found.call < 1e-3
+    assert found is not None and found.float32_flops > 1e8 and found.bandwidth < 1e13 and found.value < 1e-6
 
 
 def test_slower_cores_take_longer_at_everything_else() -> None:
@@ -137,6 +139,6 @@ def test_rates_change_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return plan.digest, [node.key for node in plan.nodes], plan.seconds
 
     digest, keys, hours = planned()
-    monkeypatch.setenv(GIVEN, Rates(flops=1e9, float32_flops=1e9, bandwidth=1e9, call=1e-3).model_dump_json())
+    monkeypatch.setenv(GIVEN, Rates(flops=1e9, float32_flops=1e9, bandwidth=1e9, value=1e-3, threads=1).model_dump_json())
     assert planned()[:2] == (digest, keys) and all(keys)
     assert hours and (slower := planned()[2]) and slower > hours
