@@ -2,9 +2,9 @@
 
     python bench/recovery.py [--outputs outputs]
 
-Variants of the recipe whole_pipeline are run through the store, so that what they share is computed once and an interrupted bench goes on. Each
-final model is measured on the same documents; intervals are 95 % paired bootstrap over documents, and a difference whose interval
-holds 0 is called a tie. `recovered` is the share of what pruning cost, in nats per token, that a variant has won back.
+Variants of the recipe whole_pipeline are run through the store, so that what they share is computed once and an interrupted bench goes
+on. Each final model is measured on the same documents; intervals are 95 % paired bootstrap over documents, and a difference whose
+interval holds 0 is called a tie. `recovered` is the share of what pruning cost, in nats per token, that a variant has won back.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import os
 import sys
 import uuid
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,8 @@ from pipeline.store import SHORT, Store, check_writable, explain_os_error, write
 from pipeline.sweep.record import RunningJob
 from pipeline.target import format_size, free_disk, has_gpu
 from pipeline.tracking import Tracker, short_name
+
+MOST_RUNS = 10  # that a collection names
 
 
 def run_pipeline(
@@ -115,6 +118,8 @@ def collect_unused(settings: Settings) -> dict[str, float]:
     for folder in collected.removed:
         print(f"removed {folder.name}")
     print(f"freed {format_size(collected.nbytes)}; {collected.kept} artifacts are used by runs and stay")
+    for folder, nbytes in islice(collected.held.items(), MOST_RUNS):
+        print(f"{format_size(nbytes):>8}  is used by {folder.relative_to(root)} alone: delete that folder, then run mode=gc frees it")
     return {}
 
 

@@ -94,6 +94,10 @@ def test_gc_removes_what_no_run_uses(run: Run, folder: Path) -> None:
     assert run("recipe=mine.yaml", "order=[quantize]", UNTRACKED).code == 0
     kept = run("mode=gc")
     assert kept.code == 0 and "freed 0 B; 2 artifacts are used by runs and stay" in kept.out
+    told = [line.split() for line in kept.out.splitlines() if "alone: delete that folder" in line]
+    assert sorted(line[5] for line in told) == sorted(
+        f"runs/{plan.parent.parent.name}/{plan.parent.name}" for plan in (folder / "outputs/runs").glob("*/*/plan.json")
+    )
     for plan in (folder / "outputs" / "runs").glob("*/*/plan.json"):
         if json.loads(plan.read_text())["order"] == ["quantize"]:
             shutil.rmtree(plan.parent)

@@ -23,6 +23,8 @@ def test_what_another_machine_computed_is_not_taken_and_the_plan_says_how_to_tak
     manifests = [Manifest.load(file.parent) for file in (folder / "outputs/store").glob("*/artifact.json")]
     dtypes = sorted(manifest.params["compute_dtype"] for manifest in manifests if manifest.stage == "evaluate")
     assert dtypes == ["bf16", "bf16", "fp32", "fp32"], "the source model and the quantized one, twice"
+    told = [line for line in run("mode=gc").out.splitlines() if "alone: delete that folder" in line]
+    assert len(told) == 2, "what each machine computed is of use to one run"
     assert sum(manifest.stage == "rtn" for manifest in manifests) == 1, "rounding multiplies nothing, so that both machines share it"
 
 
