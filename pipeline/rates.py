@@ -34,7 +34,7 @@ GIVEN = "LLMPRESS_RATES"
 SETTINGS = (  # of the libraries that multiply: which instructions they use, and how many threads
     "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_NUM_THREADS",
 )  # fmt: skip
-VALUE = 3.6e-9  # seconds of normalising a value on the core that stages' figures are of: a virtual one of a Xeon with AMX
+VALUE = 3.3e-9  # seconds of normalising a value on the core that stages' figures are of: a virtual one of a Xeon with AMX
 BUSY_LASTS = 3600  # seconds
 TIMEOUT = 120  # seconds: importing torch from a slow disk takes most of them
 

@@ -20,7 +20,7 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target
 
 UTILISATION = 0.4  # of the peak: Llama 3 405B trained at 0.38 to 0.43 (https://arxiv.org/abs/2407.21783, table 4)
-MEASURED_UTILISATION = 0.75  # of what a processor was measured to reach with a Linear layer of middling size
+MEASURED_UTILISATION = 0.7  # of what a processor was measured to reach with a Linear layer of middling size
 # Times slower than bf16, where a target does not say: 312 to 19.5 TFLOP/s (A100 data sheet), as torch uses TF32 only if told (2 on an
 # RTX 4090); and 2.3 measured on a core with AVX-512 BF16.
 FLOAT32_GPU = 16

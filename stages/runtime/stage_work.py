@@ -5,9 +5,10 @@ gradients of their own). So training every weight of a model of N takes 6 N FLOP
 
     training(p, execution, llama2_7b).flops / (p.tokens * llama2_7b.num_parameters)    # 5.94: no product for the embedding, attention added
 
-Rates of what only CPUs do are those of one core of an EPYC with AVX-512, measured. Not counted: starting up, copies between CPU and GPU,
-what processes tell each other, NF4's rounding while a model is loaded, and states saved during a training. `bench/hours.py` compares: on
-one such core, the small model's evaluation, training, calibration and packing are planned at 0.6 to 1.4 of what they take.
+Rates of what only CPUs do are those of one core of an EPYC with AVX-512, measured. Not counted: copies between CPU and GPU, what processes
+tell each other, NF4's rounding while a model is loaded, and states saved during a training; on a GPU neither starting up, nor what is done
+with values beside products. On a processor that was measured these two are: of a small model they are half of the time. `bench/hours.py`
+compares a whole recipe with its plan, `bench/stage_hours.py` stages alone.
 """
 
 import math
@@ -37,12 +38,12 @@ CHECKED = 16e9  # bytes searched for nan and inf as they pass by to be digested
 TOKENIZED = 2.5e6  # bytes of text
 
 # Seconds of a core, of what is no product, counted on processors that were measured (Target.core_speed):
-FLOWED = 1.4e-9  # for each value that a layer passes on in a forward
-TRAINED = 4  # forwards' worth of it in a forward and backward
-SCORED = 6.5e-9  # for each logit: its loss
-COMPARED = 13e-9  # ... and the divergence from another model's
+FLOWED = 2.3e-9  # for each value that a layer passes on in a forward
+TRAINED = 3  # forwards' worth of it in a forward and backward
+SCORED = 9e-9  # for each logit: its loss
+COMPARED = 14e-9  # ... and the divergence from another model's
 LEARNED = 12e-9  # ... its loss and gradient
-DISTILLED = 24e-9  # ... the divergence from a teacher's at a temperature, and its gradient
+DISTILLED = 22e-9  # ... the divergence from a teacher's at a temperature, and its gradient
 TRAINER = 2.3  # importing transformers' Trainer, and peft and bitsandbytes with it
 LLM_COMPRESSOR = 3.0  # importing llm-compressor, and its sessions
 
