@@ -44,8 +44,8 @@ SCORED = 9e-9  # for each logit: its loss
 COMPARED = 14e-9  # ... and the divergence from another model's
 LEARNED = 12e-9  # ... its loss and gradient
 DISTILLED = 22e-9  # ... the divergence from a teacher's at a temperature, and its gradient
-TRAINER = 2.3  # importing transformers' Trainer, and peft and bitsandbytes with it
-LLM_COMPRESSOR = 3.0  # importing llm-compressor, and its sessions
+TRAINER = 2.6  # importing transformers' Trainer, and peft and bitsandbytes with it
+LLM_COMPRESSOR = 3.4  # importing llm-compressor, and its sessions
 
 # Bytes moved in the memory of the device that computes:
 ADAMW_BYTES = 28 + 12  # for each trained weight and update: weight, gradient, two moments read, three written; the gradient clipped

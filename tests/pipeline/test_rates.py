@@ -84,6 +84,10 @@ def test_what_was_measured_on_a_busy_machine_lasts_an_hour(measured: list[Rates]
     assert len(measured) == 2
 
 
+def test_the_speed_of_a_core_is_believed_less_where_others_used_it() -> None:
+    assert (FOUND.core_speed, FOUND.model_copy(update={"quiet": False}).core_speed) == (0.5, pytest.approx(0.5**0.5))
+
+
 def test_what_a_recipe_states_goes_first(measured: list[Rates]) -> None:
     told = at_measured_rates(Target(name="host", flops=5e11))
     assert (told.flops, told.float32_flops) == (5e11, 1e11)
