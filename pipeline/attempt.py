@@ -11,9 +11,9 @@ ran out of memory after hours continues with a smaller micro batch. What a stage
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST
-from pipeline.identity import fingerprint
 from pipeline.layout import Frozen
 from pipeline.stage import Stage
+from pipeline.stage_code import fingerprint
 from pipeline.store import Store, write_whole
 
 

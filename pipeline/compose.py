@@ -1,13 +1,11 @@
 """Hydra's side: which recipes and stages there are, recipes given as files, and its errors as one sentence.
 
-Stages enter the group `stage` from their own `Params`, so that `stage@stages.quantize=gptq` swaps one and `--help` and completion
-list them. Recipes enter the group `recipe` at the root of the config; each file is checked (`recipe.check_document`) before
-Hydra sees it.
+Stages are the group `stage`, so that `stage@stages.quantize=gptq` swaps one and `--help` and completion list them. Recipes are the group
+`recipe`, at the root of the config. What Hydra is given of both is made in pipeline/config_source.py.
 """
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import takewhile
@@ -15,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from pipeline import config_source
 from pipeline.errors import RecipeError, did_you_mean
-from pipeline.layout import Frozen
-from pipeline.recipe import check_document
-from pipeline.stage import find_stage, stage_names
 from pipeline.sweep import orders_sweeper
 
 YAML_FILE = re.compile(r"\.ya?ml$")
@@ -41,7 +35,7 @@ EXTRAS = {  # what brings a launcher that Hydra does not have by itself
 ORDERS = "hydra/sweeper=orders"
 FILE_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 _files: dict[str, str] = {}  # recipes given as files: what was written, by the name that they are registered under
-_axes: dict[str, dict[str, Any]] = {}  # what a recipe says of sweeps, by its name
+_contents: dict[str, dict[str, Any]] = {}  # and what they say
 
 
 @cache
@@ -69,18 +63,10 @@ def _title(file: Path) -> str:
 
 
 def register() -> None:
-    """Put every stage, every shipped recipe and the sweeper over orders into Hydra's config store."""
-    store = ConfigStore.instance()
-    for name in stage_names():
-        try:
-            stage = find_stage(name)
-        except RecipeError as error:  # a broken plugin must not take the other stages with it
-            print(f"warning: {error}", file=sys.stderr)
-            continue
-        node = {"stage": name, **_defaults(stage.Params), "inputs": {}, "execution": _defaults(stage.Execution)}
-        store.store(group="stage", name=name, node=node, provider="llmpress")
+    """Make every stage, every shipped recipe and the sweeper over orders known to Hydra."""
+    config_source.register_stages()
     for file in recipe_files():
-        _store_recipe(file, file.stem)
+        config_source.register_recipe(file.stem, file)
     orders_sweeper.register(resources())
 
 
@@ -113,7 +99,10 @@ def composed(overrides: list[str]) -> DictConfig:
 
 def axes_of(arguments: Iterable[str]) -> dict[str, Any]:
     """The `sweep` of the recipe that is chosen; of several recipes, which are an axis themselves, none."""
-    return next((_axes.get(argument.removeprefix("recipe="), {}) for argument in arguments if argument.startswith("recipe=")), {})
+    name = next((argument.removeprefix("recipe=") for argument in arguments if argument.startswith("recipe=")), "")
+    shipped = {file.stem: file for file in recipe_files()}
+    content = config_source.read_recipe(shipped[name]) if name in shipped else _contents.get(name, {})
+    return content.get("sweep") or {}
 
 
 def as_written(override: str) -> str:
@@ -161,13 +150,6 @@ def _absent(spot: str, parent: Any) -> str:
     return f"there is no such setting{did_you_mean(spot.rpartition('.')[2], known)}"
 
 
-def _defaults(model: type[Frozen]) -> dict[str, Any]:
-    """Each field's default as a plain value, `???` where there is none."""
-    fields = model.model_fields.items()
-    made = model.model_construct()
-    return {name: MISSING if field.is_required() else made.model_dump(mode="json", include={name})[name] for name, field in fields}
-
-
 def _take(value: str) -> str:
     if not YAML_FILE.search(value):
         return value
@@ -175,20 +157,7 @@ def _take(value: str) -> str:
     if not file.is_file():
         raise RecipeError(f"recipe: {value} does not exist{did_you_mean(value, [f.stem for f in recipe_files()])}")
     name = re.sub(r"\W", "_", file.stem, flags=re.ASCII) + "-" + hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    _store_recipe(file, name)
+    _contents[name] = config_source.read_recipe(file)
+    config_source.register_content(name, _contents[name])
     _files[name] = value
     return name
-
-
-def _store_recipe(file: Path, name: str) -> None:
-    try:
-        node = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"recipe: {file} is not readable YAML ({reason})") from None
-    content = OmegaConf.to_container(node, resolve=False)
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe: {file} is not a mapping; see `run recipe=quickstart --cfg job` for what a recipe holds")
-    check_document(content, file.name)
-    _axes[name] = content.get("sweep") or {}
-    ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_", provider="llmpress")

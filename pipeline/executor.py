@@ -32,7 +32,6 @@ from pipeline.bounds import outputs_as_made
 from pipeline.envs import Environments
 from pipeline.errors import GateFailed, Interrupted, LlmpressError, PlanError, StoreError
 from pipeline.graph import Ref, worked_on
-from pipeline.identity import fingerprint
 from pipeline.installed import check_installed
 from pipeline.job import run_job
 from pipeline.plan import Plan, PlannedNode
@@ -41,6 +40,7 @@ from pipeline.provenance import build_manifest
 from pipeline.settled import settled_node
 from pipeline.signals import sigterm_interrupts
 from pipeline.stage import MAIN, input_ports
+from pipeline.stage_code import fingerprint
 from pipeline.store import Store, check_writable, digests_read, explain_os_error
 from pipeline.target import format_size, free_disk
 from pipeline.verdict import VerdictFile

@@ -10,14 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.layout import Frozen
-
-Stamp = tuple[int, int, int, int]
-
-
-def stamp(file: Path) -> Stamp:
-    """The change time, unlike the modification time, cannot be set back by whoever replaces the content."""
-    status = file.stat()
-    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+from pipeline.remembered import Stamp, stamp
 
 
 class Hashed(Frozen):

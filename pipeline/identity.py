@@ -12,14 +12,10 @@ paths, hosts, devices, batch sizes, anything of `Execution`. One exception: of a
 it is (pipeline/machine.py). Values without a canonical form are an error, never `str()`.
 """
 
-import ast
 import hashlib
-import importlib.util
-import io
 import json
 import math
 import os
-import tokenize
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -33,8 +29,8 @@ from pipeline import machine
 from pipeline.artifact import Manifest, sha256_file
 from pipeline.companions import companion_files
 from pipeline.envs import lock_digest
-from pipeline.hashed import stamp
 from pipeline.headers import weight_files
+from pipeline.remembered import stamp
 from pipeline.stage import MAIN, Stage
 
 IDENTITY_SCHEMA = 1
@@ -214,41 +210,3 @@ class DigestMemo:
         finally:
             temporary.unlink(missing_ok=True)
         self._changed = False
-
-
-@cache
-def fingerprint(module: str) -> str:
-    """Digest of a stage's code: its module and the modules of `stages` it imports, comments and blank lines aside.
-
-    Recorded beside results, never hashed into keys: whether a change of code changes results is the author's to say, by
-    raising `version`.
-    """
-    seen: dict[str, str] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name not in seen and (code := _code(name)) is not None:
-            seen[name], imported = code
-            waiting += imported
-    return hashlib.sha256(canonical(sorted(seen.items())).encode()).hexdigest()[:16]
-
-
-@cache
-def _code(module: str) -> tuple[str, tuple[str, ...]] | None:
-    """Source of a module without comments, and the modules of `stages` that it imports; None where it has no file."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return None
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    imports = (node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
-    return _without_comments(source), tuple(name for name in imports if name and name.startswith("stages."))
-
-
-def _without_comments(source: str) -> str:
-    """The same on every Python release, which what `ast` prints is not."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -26,7 +26,7 @@ BITSANDBYTES = ("llm_int8", "nf4", "fp4")
 class Frozen(BaseModel):
     """An immutable value that refuses unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class WeightFormat(Frozen):

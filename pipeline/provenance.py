@@ -7,9 +7,10 @@ from pathlib import Path
 from pipeline.artifact import GGUF_FILE, MEASUREMENTS, MODELS, Artifact, Export, Manifest, Provenance, tokenizer_digest
 from pipeline.gguf_file import read_gguf
 from pipeline.headers import tensor_table
-from pipeline.identity import backend, fingerprint
+from pipeline.identity import backend
 from pipeline.plan import PlannedNode
 from pipeline.spec import ModelSpec
+from pipeline.stage_code import fingerprint
 from pipeline.store import file_records
 from pipeline.worker import Success
 

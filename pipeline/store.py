@@ -21,8 +21,9 @@ from pydantic import ValidationError
 from pipeline.artifact import MANIFEST, FileRecord, Manifest, sha256_file
 from pipeline.claim import FOREVER, LEASE, Claim, Claims, LockKind
 from pipeline.errors import StoreError
-from pipeline.hashed import Hashed, stamp
+from pipeline.hashed import Hashed
 from pipeline.identity import content_digest
+from pipeline.remembered import stamp
 
 SHORT = 12
 TOKEN = 8  # characters of a holder's token in the name of its scratch folder

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from pipeline import compose
-from pipeline.identity import fingerprint
 from pipeline.plan import Plan
 from pipeline.plan_table import print_plan
 from pipeline.stage import BUILT_IN, find_stage
+from pipeline.stage_code import fingerprint
 from tests import golden
 from tests.pipeline.shipped import plan_of_shipped
 

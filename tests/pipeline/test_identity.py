@@ -171,24 +171,3 @@ def test_a_model_s_key_covers_every_file_that_its_tokenizer_may_read(tmp_path: P
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert sorted(model_files(tmp_path)) == sorted([*names, "qwen.tiktoken"])
-
-
-def test_the_fingerprint_sees_code_and_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    digests = []
-    for source in ("x = 1\n", "# why\n\nx = 1  # one\n", "x = 2\n"):
-        (tmp_path / "fingerprinted.py").write_text(source)
-        identity.fingerprint.cache_clear()
-        identity._code.cache_clear()
-        digests.append(identity.fingerprint("fingerprinted"))
-    assert digests[0] == digests[1] != digests[2]
-
-
-def test_the_fingerprint_follows_what_a_stage_imports() -> None:
-    """Editing the shared runtime changes the fingerprint of the stages that use it."""
-    source = identity.importlib.util.find_spec("stages.rtn").origin
-    assert "from stages." in Path(source).read_text()
-    alone = identity.hashlib.sha256(
-        canonical([("stages.rtn", identity.ast.unparse(identity.ast.parse(Path(source).read_text())))]).encode()
-    )
-    assert identity.fingerprint("stages.rtn") != alone.hexdigest()[:16]
