@@ -2,18 +2,18 @@
 
     at_measured_rates(Target.host()).float32_flops    # 1.6e11: the first time after a few seconds, later from a file
 
-A plan for `host` then has hours. Measured are matrix products in both dtypes, a copy within memory, and a layer's normalisation, which
+A plan for `host` then has hours. Measured are matrix products in both dtypes, a copy within memory, and a loop of plain Python, which
 tells how fast a core is at everything else. The file lies in $XDG_CACHE_HOME or ~/.cache, one for each processor, number of cores,
-version of torch and setting of its libraries. What was measured while others used the machine
-is taken for an hour only. No key holds a rate.
+version of Python and torch, and setting of its libraries. What was measured while others used the machine is taken for an hour only. No
+key holds a rate.
 
 `LLMPRESS_RATES` says instead what is to be taken, as that file has it: for a plan that is to be the same on every machine.
 """
 
 import hashlib
 import json
-import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -35,27 +35,24 @@ GIVEN = "LLMPRESS_RATES"
 SETTINGS = (  # of the libraries that multiply: which instructions they use, and how many threads
     "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_NUM_THREADS",
 )  # fmt: skip
-VALUE = 3.3e-9  # seconds of normalising a value on the core that stages' figures are of: a virtual one of a Xeon with AMX
+LOOP = 4.5e-3  # seconds of the loop on the core that stages' figures are of: a virtual one of a Xeon with AMX
 BUSY_LASTS = 3600  # seconds
 TIMEOUT = 120  # seconds: importing torch from a slow disk takes most of them
 
 
 class Rates(Frozen):
-    """FLOP/s of products in bf16 and float32 and bytes/s of a copy, by all threads together; seconds in which one thread
-    normalises a value, as a layer does: of the work beside products, what depends least on the moment."""
+    """FLOP/s of products in bf16 and float32 and bytes/s of a copy, by all threads together; seconds of a loop of plain Python."""
 
     flops: float = Field(gt=0)
     float32_flops: float = Field(gt=0)
     bandwidth: float = Field(gt=0)
-    value: float = Field(gt=0)
+    loop: float = Field(gt=0)
     threads: int = Field(ge=1)  # that a library uses here: of a machine's cores those that it may, and that are not the half of another
     quiet: bool = True  # whether nothing else kept the cores from it
 
     @property
     def core_speed(self) -> float:
-        """Where others used the cores, a good part of what was measured is the moment's: then its root."""
-        speed = VALUE / self.value
-        return speed if self.quiet else math.sqrt(speed)
+        return LOOP / self.loop
 
 
 RATES = ("flops", "float32_flops", "bandwidth", "core_speed")  # of a target, by the same names
@@ -84,7 +81,13 @@ def _given(text: str) -> Rates:
 def _identity() -> tuple[str, ...]:
     """Of whatever decides how fast this process' children compute."""
     settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
-    return machine.fingerprint(), machine.flags_digest(), f"torch {library_version('torch')}", *settings
+    return (
+        machine.fingerprint(),
+        machine.flags_digest(),
+        f"Python {platform.python_version()}",
+        f"torch {library_version('torch')}",
+        *settings,
+    )
 
 
 @cache

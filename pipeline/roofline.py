@@ -26,7 +26,7 @@ MEASURED_UTILISATION = 0.7  # of what a processor was measured to reach with a L
 FLOAT32_GPU = 16
 FLOAT32_CPU = 2
 CORE_FLOPS = 2e11  # FLOP/s in bf16 of a core beside GPUs: 210e9 measured on one of an EPYC with AVX-512 BF16 ...
-STARTING, STARTED = 6.0, 0.2  # seconds of a core: the server's imports before the first stage, and of a stage's process
+STARTING, STARTED = 6.0, 0.17  # seconds of a core: the server's imports before the first stage, and of a stage's process
 CORES = 8  # ... and how many there are at least, where the target does not say: clouds rent an A100 with 12 and more
 
 

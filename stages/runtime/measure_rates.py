@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = {dtype: _product(dtype) for dtype in together}
     flops, float32_flops = (max(together[dtype], alone[dtype]) for dtype in together)
-    rates = {"flops": flops, "float32_flops": float32_flops, "bandwidth": max(bandwidth, _copy()), "value": _value()}
+    rates = {"flops": flops, "float32_flops": float32_flops, "bandwidth": max(bandwidth, _copy()), "loop": _loop()}
     print(json.dumps(rates | {"threads": threads, "quiet": share > QUIET_SHARE}))
 
 
@@ -43,24 +43,26 @@ def _copy() -> float:
     return 2 * COPIED / _fastest(lambda: target.copy_(source))
 
 
-def _value() -> float:
-    """Seconds of normalising a value, and of the activation function that comes after."""
-    tokens = torch.ones(ROWS, SIDE, dtype=torch.bfloat16)
+def _loop() -> float:
+    """Seconds of a loop of plain Python, which calls, allocates and looks up as importing and tokenizing do."""
 
-    def normalise() -> torch.Tensor:
-        values = tokens.float()
-        values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-5)
-        return torch.nn.functional.silu(values.to(tokens.dtype)) * tokens
+    def loop() -> list[str]:
+        found: dict[str, int] = {}
+        for number in range(20_000):
+            found[str(number)] = number
+            if number % 7 == 0:
+                found.pop(str(number // 2), None)
+        return sorted(found)
 
-    return _fastest(normalise) / tokens.numel()
+    return _fastest(loop, 3 * LASTS)
 
 
-def _fastest(call: Callable[[], object]) -> float:
+def _fastest(call: Callable[[], object], lasts: float = LASTS) -> float:
     """Seconds of the fastest of several calls, the first not counted; of a single thread, seconds that it had a core."""
     clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
     call()
     found: list[float] = []
-    while len(found) < FEWEST or sum(found) < LASTS:
+    while len(found) < FEWEST or sum(found) < lasts:
         started = clock()
         call()
         found.append(clock() - started)
