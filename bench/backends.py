@@ -22,12 +22,12 @@ from pipeline import compose
 from pipeline.artifact import Dataset, DenseCheckpoint
 from pipeline.envs import Environments
 from pipeline.executor import execute
+from pipeline.library_defaults import set_library_defaults
 from pipeline.plan import make_plan
 from pipeline.process import ForkServer
 from pipeline.recipe import read_config
 from pipeline.stage import find_stage
 from pipeline.store import Store
-from pipeline.worker import set_library_defaults
 from stages.runtime.isolated_quantization import link_source
 from stages.runtime.text import calibration_windows, load_tokenizer
 

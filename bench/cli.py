@@ -1,9 +1,8 @@
 """What a command costs before it does anything: `python bench/cli.py [--repeats 5] [--hits]`, in CPU seconds, user and system.
 
-Each is also told as a multiple of what importing hydra, omegaconf and pydantic takes, measured in turn with it: that is what to compare across
-machines. Every command runs once before, so that what is remembered from one to the next is there. `--hits` runs the quickstart into an
-empty store first, and then tells what it costs where every stage is a hit: the record in MLflow, which goes on beside the command, is told
-apart.
+Each is also told as a multiple of what importing hydra, omegaconf and pydantic takes, measured in turn with it: that is what to compare
+across machines. Every command runs once before, so that what is remembered from one to the next is there. `--hits` runs the quickstart into
+an empty store first, and then tells what it costs where every stage is a hit.
 """
 
 import argparse

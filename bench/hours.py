@@ -1,136 +1,94 @@
-"""What a plan says a stage takes on this machine, and what it takes.
+"""What a plan says each stage of a recipe takes on this machine, and what it takes.
 
-    OMP_NUM_THREADS=1 python bench/hours.py [--stages gptq distill] [--samples 128] [--utilisation 0.4] 2> log
+    python bench/hours.py [recipe=quickstart] [any other override, such as stages.distill.num_samples=64]
 
-Measures the machine first and prints it as settings that a recipe takes. Each stage then runs on the small model, or another one, as
-a worker would run it: with the proof of its checkpoint and the digests of its files, without starting up. `cpu` is what the process
-computed: where others share a CPU, that of one thread is the time that it would have taken alone.
+Runs the recipe into an empty store. `cpu` is what the stage's process and those that it started computed (of the first stage, the imports
+that workers share too), `others` the share of all cores that other processes took meanwhile: a row is worth something where that is next to
+nothing. The last row is the whole run.
 """
 
-import argparse
-import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import llmcompressor  # noqa: F401  # imported here so that no stage is charged for it
-import torch
-from loguru import logger
+from omegaconf import OmegaConf
 
-from pipeline.artifact import Artifact, Checkpoint, Dataset, DenseCheckpoint
-from pipeline.artifact_spec import DatasetSpec
-from pipeline.hashed import known_below
-from pipeline.roofline import UTILISATION, seconds
-from pipeline.spec import ModelSpec
-from pipeline.stage import Context, find_stage
-from pipeline.store import file_records
-from pipeline.target import Target
-from stages.runtime.guard import check_checkpoint
+from bench.processor import processor
+from pipeline import compose
+from pipeline.executor import execute
+from pipeline.plan import Plan, make_plan
+from pipeline.process import ForkServer
+from pipeline.recipe import read_config
+from pipeline.roofline import usual_utilisation
+from pipeline.store import Store, check_writable
 
-ASSETS = Path(__file__).parent.parent / "assets"
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product shows the FLOP/s: small enough to be left alone on a shared CPU
-COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes
-FILE = 1 << 28  # bytes
-ROW = "{:<17} {:>9} {:>9} {:>9} {:>17} {:>12}"
+ROW = "{:<24} {:>9} {:>9} {:>9} {:>7} {:>17}"
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def fastest(call: Callable[[], object], times: int = 30) -> float:
-    """Seconds of the fastest call of several, the first not counted."""
-    found = []
-    for _ in range(times + 1):
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return min(found[1:])
+class Measured:
+    """A listener that prints a row for each stage that ran."""
+
+    def __init__(self, plan: Plan, server: ForkServer) -> None:
+        self.planned = {node.name: node.seconds for node in plan.nodes}
+        self.server, self.before = server, Used.now(server)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "node_finished":
+            used = Used.now(self.server)
+            row(event["node"], self.planned[event["node"]], event["seconds"], self.before, used)
+            self.before = used
 
 
-def measure(folder: Path) -> Target:
-    """This machine: a product in bf16, a copy within memory, a file written through to the disk and read (from the system's cache)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side, copied = SIDE[device], COPIED[device]
-    matrix = torch.randn(side, side, device=device).bfloat16()
-    flops = 2 * side**3 / fastest(lambda: matrix @ matrix)
-    source = torch.zeros(copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * copied / fastest(lambda: target.copy_(source))
-    file, content = folder / "file", bytes(FILE)
+class Used(NamedTuple):
+    """Seconds since some moment: that passed, that the fork server and all workers that have ended computed, that anybody did."""
 
-    def write_and_read() -> None:
-        with open(file, "wb") as stream:
-            stream.write(content)
-            os.fsync(stream.fileno())
-        file.read_bytes()
+    passed: float
+    own: float
+    anybody: float
 
-    disk = 2 * FILE / fastest(write_and_read, 2)
-    gpus, cores = int(device == "cuda"), torch.get_num_threads()
-    return Target(name="measured", gpus=gpus, cores=cores, flops=flops, bandwidth=bandwidth, disk_bandwidth=disk)
+    @classmethod
+    def now(cls, server: ForkServer) -> "Used":
+        fields = Path(f"/proc/{server._server.pid}/stat").read_text().rpartition(")")[2].split()[11:15] if server._server else []
+        idle = (first := Path("/proc/stat").read_text().split("\n")[0].split()[1:])[3:5]
+        busy = sum(map(int, first[:8])) - sum(map(int, idle))
+        return cls(time.monotonic(), sum(map(int, fields)) / TICKS, busy / TICKS)
 
 
-def split(name: str) -> Dataset:
-    file = ASSETS / f"data/{name}.jsonl"
-    return Dataset(file, DatasetSpec(split=name, file_format="jsonl", digest=name, nbytes=file.stat().st_size))
-
-
-def run_stage(name: str, params: dict[str, Any], output: Path, machine: Target, utilisation: float, inputs: dict[str, Artifact]) -> Any:
-    """Run it, print its row, and return what it made."""
-    stage = find_stage(name).from_dict(params)
-    specs = {port: artifact.spec for port, artifact in inputs.items()}
-    work = stage.work(**specs)
-    assert work is not None, f"{name} says its work"
-    planned = seconds(work, machine if stage.on_gpu(machine) else machine.without_gpus(), utilisation)
-    output.mkdir()
-    started, computed = time.perf_counter(), time.process_time()
-    made = stage.run(Context(output, lambda event: None), **inputs)
-    for artifact in (made, getattr(made, "model", None)):
-        if isinstance(artifact, Checkpoint):
-            check_checkpoint(artifact.path, artifact.model_spec)
-    file_records(output, known_below(output))
-    wall, cpu = time.perf_counter() - started, time.process_time() - computed
-    assert planned is not None, "both peaks were measured"
-    ratios = f"{planned / wall:.2f}", f"{planned / cpu:.2f}"
-    print(ROW.format(name, f"{planned:.2f} s", f"{wall:.2f} s", f"{cpu:.2f} s", *ratios), flush=True)
-    return made
+def row(name: str, planned: float | None, took: float, before: Used, after: Used) -> None:
+    ratio = f"{planned / took:.2f}" if planned is not None else "not known"
+    own, passed = after.own - before.own, after.passed - before.passed
+    others = max(after.anybody - before.anybody - own, 0) / passed / (os.cpu_count() or 1)
+    print(ROW.format(name, f"{planned or 0:.2f} s", f"{took:.2f} s", f"{own:.2f} s", f"{others:.0%}", ratio), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ASSETS / "small-llama")
-    parser.add_argument("--stages", nargs="+", help="only these; dequantize comes with rtn")
-    parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens that are calibrated with or trained on")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION)
-    options = parser.parse_args()
-    logger.disable("llmcompressor")  # it reports every layer on stdout, where the table goes
-    spec = ModelSpec.from_config(json.loads((options.model / "config.json").read_text()))
-    model, calibration, train = DenseCheckpoint(options.model, spec), split("calibration"), split("train")
-    windows = {"num_samples": options.samples, "max_length": 256}
-    rows: list[tuple[str, dict[str, Any], dict[str, Artifact]]] = [
-        ("evaluate", {}, {"model": model, "eval": split("eval"), "reference": model}),
-        ("structured_prune", {"mlp_ratio": 0.5, "round_to": 128}, {"model": model}),
-        ("teacher_logits", windows, {"teacher": model, "train": train}),
-        ("distill", {**windows, "global_batch_size": 8}, {"student": model, "train": train, "teacher": model}),
-        ("qlora", {**windows, "global_batch_size": 8}, {"model": model, "train": train}),
-        ("rtn", {}, {"model": model}),
-        ("gptq", windows, {"model": model, "calibration": calibration}),
-        ("awq", windows, {"model": model, "calibration": calibration}),
-        ("kv_cache", {"mode": "static", **windows}, {"model": model, "calibration": calibration}),
-    ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        machine = measure(folder)
-        assert machine.flops and machine.bandwidth, "both were measured"
-        rates = f"target.bandwidth={machine.bandwidth / 1e9:.3g}GB/s target.disk_bandwidth={machine.disk_bandwidth / 1e9:.3g}GB/s"
-        print(f"target.flops={machine.flops / 1e9:.3g}GFLOP/s {rates} target.cores={machine.cores}\n")
-        print(ROW.format("stage", "planned", "measured", "cpu", "planned/measured", "planned/cpu"))
-        for stage, params, inputs in rows:
-            if not options.stages or stage in options.stages:
-                made = run_stage(stage, params, folder / stage, machine, options.utilisation, inputs)
-                if stage == "rtn":
-                    run_stage("dequantize", {}, folder / "dequantize", machine, options.utilisation, {"model": made})
+    overrides = sys.argv[1:]
+    if any(argument in ("-h", "--help") for argument in overrides):
+        print(__doc__)
+        return
+    compose.register()
+    chosen = overrides if any(argument.startswith("recipe=") for argument in overrides) else ["recipe=quickstart", *overrides]
+    config = OmegaConf.to_container(compose.composed(chosen), resolve=True)
+    assert isinstance(config, dict)
+    recipe, _ = read_config({str(key): value for key, value in config.items()}, "hours")
+    with tempfile.TemporaryDirectory() as name, ForkServer(Path(name) / "forkserver.log") as server:
+        store = Store(Path(name) / "outputs")
+        check_writable(store.root)
+        plan = make_plan(recipe, store, compose.resources(), execute=True)
+        told, dtypes = plan.recipe.machine, {node.stage.compute_dtype for node in plan.nodes} - {None}
+        rates = {"flops": told.flops, "float32_flops": told.float32_flops, "bandwidth": told.bandwidth}
+        said = [f"target.{name}={rate / 1e9:.4g}e9" for name, rate in rates.items() if rate]
+        print(f"{processor()}; computed in {' and '.join(sorted(map(str, dtypes)))}")
+        print(f"{' '.join(said)} target.core_speed={told.core_speed:.3g}, of which {usual_utilisation(told):.0%} are planned with\n")
+        print(ROW.format("stage", "planned", "measured", "cpu", "others", "planned/measured"))
+        started = Used.now(server)
+        execute(plan, store, Path(name) / "run", [Measured(plan, server)], server)
+        ended = Used.now(server)
+        row("all", plan.seconds, ended.passed - started.passed, started, ended)
 
 
 if __name__ == "__main__":

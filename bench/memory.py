@@ -28,10 +28,10 @@ from typing import Any
 from pipeline.artifact import Artifact, Dataset, DenseCheckpoint
 from pipeline.artifact_spec import DatasetSpec, LogitsSpec
 from pipeline.companions import companion_files
+from pipeline.library_defaults import set_library_defaults
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, Stage, find_stage
 from pipeline.target import Memory, Target
-from pipeline.worker import set_library_defaults
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "assets"

@@ -3,7 +3,8 @@
 Three figures: the CPU seconds of `run recipe=... mode=plan` as a person types it, interpreter, imports and composing included; the
 milliseconds of `make_plan` alone for every recipe that comes with llmpress; and the seconds in which so many orders of the 70B recipe's
 stages are planned, each from its sources to its fit. Every plan is made anew: nothing is kept between them but what a process reads
-once, the machines of conf/target and the versions of libraries. A recipe on the small model reads and hashes its 10 MB each time.
+once, the machines of conf/target and the versions of libraries. A recipe on the small model reads and hashes its 10 MB each time. Each
+figure is also told as a share of what importing hydra, omegaconf and pydantic takes, which is what to compare across machines.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
+from bench.processor import processor
 from pipeline import compose
 from pipeline.errors import RecipeError
 from pipeline.plan import make_plan
@@ -34,10 +36,17 @@ LARGE = "70b_to_single_a100"
 SHUFFLED = ("prune", "distill", "recover", "quantize", "kv_cache")  # between the teacher's logits and the last evaluation
 
 
-def command_seconds(name: str, outputs: Path) -> float:
+def plan_seconds(name: str, outputs: Path) -> float:
+    return cpu_seconds([sys.executable, "-m", "pipeline", f"recipe={name}", "mode=plan", f"outputs={outputs}"])
+
+
+def import_seconds() -> float:
+    return cpu_seconds([sys.executable, "-c", "import hydra, omegaconf, pydantic"])
+
+
+def cpu_seconds(command: list[str]) -> float:
     """CPU seconds, user and system, of one command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "pipeline", f"recipe={name}", "mode=plan", f"outputs={outputs}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -93,10 +102,13 @@ def main() -> None:
     compose.register()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        measured = [command_seconds(LARGE, store.root) for _ in range(args.repeats)]
-        print(f"run recipe={LARGE} mode=plan: {statistics.median(measured):.2f} s of CPU, {min(measured):.2f} at best", flush=True)
+        imports, command = zip(*((import_seconds(), plan_seconds(LARGE, store.root)) for _ in range(args.repeats)), strict=True)
+        unit, median = statistics.median(imports), statistics.median(command)
+        print(f"{processor()}\nimport hydra, omegaconf, pydantic: {unit:.2f} s of CPU", flush=True)
+        print(f"run recipe={LARGE} mode=plan: {median:.2f} s, {median / unit:.2f} x", flush=True)
         for name in [file.stem for file in compose.recipe_files()]:
-            print(f"make_plan, {name}: {plan_milliseconds(composed(name), store, args.repeats):.1f} ms", flush=True)
+            milliseconds = plan_milliseconds(composed(name), store, args.repeats)
+            print(f"make_plan, {name}: {milliseconds:.1f} ms, {milliseconds / 1000 / unit:.3f} x", flush=True)
         refused, seconds, fitting = plan_orders(composed(LARGE), store, args.orders)
         tried = f"{args.orders:,} legal orders of {LARGE}, found among {args.orders + refused:,}"
         print(f"{tried}: {seconds:.1f} s, {1000 * seconds / (args.orders + refused):.1f} ms each; {fitting} serve the load on the target")

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from bench.processor import processor
-from pipeline.worker import LIBRARY_DEFAULTS
+from pipeline.library_defaults import LIBRARY_DEFAULTS
 
 SEQUENCE = 256
 LAZY_IMPORT = "transformers.models.llama.modeling_llama"  # transformers imports a family when it is used

@@ -6,7 +6,8 @@ What only spares others work (`Artifact.derived`) is read byte by byte before it
 little beside what it spares.
 
 Everything that happens is told to `listeners` as plain dicts with "event", "time" and, where one is concerned, "node":
-    run_started    run_dir, nodes: [{node, stage, status}]       run_finished   status, seconds, hits, ran
+    run_started    run_dir, starting, nodes: [{node, stage, status, planned}]    run_finished   status, seconds, hits, ran
+                   (planned seconds of each, None: not known, and of starting before the first)
     node_started   key                                           waiting        key: another run is computing it
     progress       label, done, total                            curve          step, metrics
     note           text                                          warning        text
@@ -118,8 +119,8 @@ class _Run:
 
     def execute(self) -> list[NodeResult]:
         started = time.monotonic()
-        nodes = [{"node": node.name, "stage": node.stage.name, "status": node.status} for node in self.plan.nodes]
-        self.announce("run_started", run_dir=str(self.run_dir), nodes=nodes)
+        nodes = [{"node": node.name, "stage": node.stage.name, "status": node.status, "planned": node.seconds} for node in self.plan.nodes]
+        self.announce("run_started", run_dir=str(self.run_dir), starting=self.plan.starting, nodes=nodes)
         results: list[NodeResult] = []
         status, current = "failed", ""
         try:

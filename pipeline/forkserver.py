@@ -24,8 +24,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from pipeline.library_defaults import set_library_defaults
 from pipeline.parent import end_with_parent
-from pipeline.worker import run_job, set_library_defaults
+from pipeline.worker import run_job
 
 # Modules that almost every stage uses. Not bitsandbytes or llmcompressor: importing bitsandbytes initialises CUDA.
 PRELOAD = (

@@ -1,6 +1,10 @@
-"""Whether this installation has the libraries that stages need: asked before anything runs, so that none ends in an import error."""
+"""What this installation is: whether it has the libraries that stages need, asked before anything runs, so that none ends in an import
+error; and how another interpreter finds it."""
 
+import os
+import site
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.errors import PlanError
 from pipeline.identity import not_installed, to_install
@@ -16,3 +20,11 @@ def check_installed(stages: Mapping[str, Stage]) -> None:
     ]
     if problems:
         raise PlanError(problems)
+
+
+def package_path() -> dict[str, str]:
+    """PYTHONPATH for another interpreter to import this very package, wherever it came from; nothing where it is installed."""
+    root = str(Path(__file__).resolve().parent.parent)
+    if root in site.getsitepackages():
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}

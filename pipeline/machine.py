@@ -7,6 +7,7 @@ environment leaves to it (`OMP_NUM_THREADS`, `CUDA_VISIBLE_DEVICES`). No host na
 GPUs, NVIDIA's are named; without /proc, as on macOS, a processor is known by its architecture alone.
 """
 
+import hashlib
 import os
 import platform
 from collections import Counter
@@ -23,6 +24,13 @@ def fingerprint() -> str:
     """Of this machine, for this process and those that it starts."""
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return describe(Path("/"), os.environ.get(THREADS, ""), os.environ.get(VISIBLE), core_count(), ram)
+
+
+@cache
+def flags_digest(root: Path = Path("/")) -> str:
+    """Of the instructions that the processor has: a hypervisor may hide some of a model's."""
+    fields = _fields(root / "proc/cpuinfo")
+    return hashlib.sha256((fields.get("flags") or fields.get("Features", "")).encode()).hexdigest()
 
 
 def core_count() -> int:

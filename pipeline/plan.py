@@ -21,10 +21,11 @@ from pipeline.graph import SOURCE_MODEL, Graph, Node, Ref, worked_on
 from pipeline.identity import DigestMemo, not_installed, output_key, stage_key
 from pipeline.installed import check_installed
 from pipeline.misses import explain_miss
+from pipeline.rates import at_measured_rates
 from pipeline.recipe import Recipe
 from pipeline.recipe_digest import recipe_digest
 from pipeline.requantize import configured, left_dense
-from pipeline.roofline import Work, dollars, seconds
+from pipeline.roofline import STARTED, STARTING, Work, dollars, seconds
 from pipeline.served import Served, known_targets, senseless, served
 from pipeline.shared_passes import share_passes
 from pipeline.shortage import Shortage, lacking, shortage
@@ -98,9 +99,14 @@ class Plan:
         return tuple(node for node in self.nodes if node.status != "hit")
 
     @property
+    def starting(self) -> float:
+        """Seconds of imports before the first stage begins; 0 where nothing is to run, and on a machine whose cores nobody measured."""
+        return seconds(Work(overhead=STARTING), self.recipe.machine) or 0.0 if self.to_run else 0.0
+
+    @property
     def seconds(self) -> float | None:
-        """Of all that is to run, one after the other; None where that of one is not known."""
-        return _sum(node.seconds for node in self.to_run)
+        """Of all that is to run, one after the other, and of starting; None where that of one is not known."""
+        return _sum([self.starting, *(node.seconds for node in self.to_run)])
 
     @property
     def dollars(self) -> float | None:
@@ -140,6 +146,8 @@ def make_plan(recipe: Recipe, store: Store, resources: Path, *, execute: bool) -
     With `execute`, digests left pending by a plan are computed and a hub model is downloaded; PlanError where a library is missing.
     """
     recipe = recipe.on_its_machine()
+    machine = at_measured_rates(recipe.machine)
+    recipe = recipe if machine == recipe.machine else replace(recipe, compute=machine)
     if execute:
         check_installed({name: recipe.stages[name].stage for name in recipe.order if name in recipe.stages})
     memo = DigestMemo(store.root / "digests.json")
@@ -259,6 +267,7 @@ class _Evaluation:
         specs: dict[str, Any] = {port: self.specs[ref] for port, ref in (*node.inputs.items(), *node.derived.items())}
         machine, work = self.recipe.machine, node.stage.work(**specs)
         memory, others = node.stage.memory(target=machine, **specs), partial(known_targets, self.resources)
+        work = None if work is None else work + Work(overhead=STARTED)
         lasts = None if work is None else seconds(work, machine if node.stage.on_gpu(machine) else machine.without_gpus())
         return {
             "memory": memory,

@@ -8,9 +8,9 @@ from rich.table import Table
 
 from pipeline.artifact_spec import AdapterSpec, LogitsSpec, Spec, StatesSpec
 from pipeline.plan import Plan, PlannedNode
-from pipeline.roofline import UTILISATION
+from pipeline.roofline import usual_utilisation
 from pipeline.spec import ModelSpec
-from pipeline.target import Target, format_size
+from pipeline.target import Target, format_seconds, format_size
 
 PLAN_SCHEMA = 1
 HEADERS = {"bits": "bits/w", "cache": "KV/tok", "ram": "RAM", "vram": "VRAM", "cost": "$", "status": ""}
@@ -30,7 +30,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "source": {"key": plan.source.key, **_model_facts(plan.source.model_spec)},
         "final": str(plan.final),
         "serving": plan.served.model_dump(mode="json") if plan.served else None,
-        "to_run": {"seconds": plan.seconds, "dollars": plan.dollars, "disk": plan.disk},
+        "to_run": {"starting": plan.starting, "seconds": plan.seconds, "dollars": plan.dollars, "disk": plan.disk},
         "environments": [{"name": e.name, "digest": e.digest, "nodes": list(e.nodes), "built": e.built} for e in plan.environments],
         "problems": [lacking.model_dump(mode="json") for lacking in plan.shortages],
         "nodes": [_node_json(node) for node in plan.nodes],
@@ -171,7 +171,12 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "digest of a model or dataset pending: hit or miss is known once it has been computed (it is when the recipe runs)"
     if plan.seconds is not None and plan.seconds:
         machine = plan.recipe.machine
-        yield f"time: at {UTILISATION:.0%} of {machine.name}'s peak and {format_size(machine.disk_bandwidth)}/s of disk"
+        share, disk = f"{usual_utilisation(machine):.0%}", f"{format_size(machine.disk_bandwidth)}/s of disk"
+        if machine.core_speed:  # as measured
+            whole = f"about {format_seconds(plan.seconds)} in all, {format_seconds(plan.starting)} of it to start"
+            yield f"time: {whole}; at {share} of what {machine.name} was measured to compute and {disk}"
+        else:
+            yield f"time: at {share} of {machine.name}'s peak and {disk}"
     if plan.served is not None:
         yield from plan.served.sentences()
 

@@ -10,7 +10,6 @@ import json
 import os
 import select
 import signal
-import site
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pipeline.errors import LlmpressError
+from pipeline.installed import package_path
 
 CLOSE_TIMEOUT = 5.0  # seconds a server may take to end before it is killed; it has nothing to save
 
@@ -206,14 +206,6 @@ def _signal_group(leader: int, number: int) -> None:
             os.kill(leader, number)
         except ProcessLookupError:
             return
-
-
-def package_path() -> dict[str, str]:
-    """PYTHONPATH for another interpreter to import this very package, wherever it came from; nothing where it is installed."""
-    root = str(Path(__file__).resolve().parent.parent)
-    if root in site.getsitepackages():
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 def _popen(module: str, *arguments: str, stdin: int, stdout: int | IO[bytes], stderr: IO[bytes]) -> "subprocess.Popen[bytes]":

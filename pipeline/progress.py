@@ -1,7 +1,10 @@
-"""The run on a terminal: one line for each stage, a bar in the running one, elapsed and remaining time.
+"""The run on a terminal: one line for each stage, a bar in the running one, elapsed and remaining time, of the whole run too.
 
 A listener to the executor's events. It draws on standard error, so that standard output stays free for results. Where that is
 no terminal, it prints plain lines instead: when a stage starts and ends, and how far it is every `PLAIN_INTERVAL` seconds.
+
+What is left of the run is what the plan says of the stages to come, as much longer or shorter as those were that have run, and the rest of
+the running one: by its own rate once it tells one, as if it were through when its bar is. It is told where the plan has hours.
 """
 
 import time
@@ -21,6 +24,7 @@ from pipeline.target import format_seconds, format_size
 PLAIN_INTERVAL = 10.0  # seconds
 BAR_WIDTH = 16
 REFRESHES = 8  # a second
+PLAN_WEIGHT = 0.1  # of a whole plan, as if so much of it had run and taken what it says: a short stage alone tells little
 STYLES = {"hit": "cyan", "done": "green", "failed": "bold red", "stopped": "yellow", "running": "bold", "waiting": "yellow"}
 
 
@@ -39,6 +43,11 @@ class Bar:
         gained = self.done - self.first
         return (now - self.since) * (self.total - self.done) / gained if gained > 0 else None
 
+    @property
+    def telling(self) -> bool:
+        """Whether its rate says when it is through: a tenth of it has been counted, and its end is to come."""
+        return 10 * (self.done - self.first) >= self.total and self.done < self.total
+
 
 @dataclass
 class Row:
@@ -50,11 +59,23 @@ class Row:
     seconds: float = 0.0
     nbytes: int = 0
     plain_next: float = 0.0
+    planned: float | None = None  # seconds; None: not known
 
     def advance(self, label: str, done: int, total: int, now: float) -> None:
         if self.bar is None or self.bar.label != label or done < self.bar.done:
             self.bar = Bar(label, done, now, done, total)
         self.bar.done, self.bar.total = done, total
+
+    def remaining(self, now: float, pace: float) -> float | None:
+        """Seconds until it ends, where stages take `pace` times as long as planned."""
+        if self.state in ("hit", "done", "failed", "stopped"):
+            return 0.0
+        planned = None if self.planned is None else self.planned * pace
+        if self.state == "open":
+            return planned
+        if self.bar and self.bar.telling:
+            return self.bar.remaining(now)
+        return None if planned is None else max(planned - (now - self.started), 0.0)
 
 
 class Display:
@@ -68,6 +89,7 @@ class Display:
         self.label = f"{label} " if label else ""
         self.rows: dict[str, Row] = {}
         self.started = time.time()
+        self.over = False
         self._live: Live | None = None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -83,7 +105,10 @@ class Display:
 
     def _start(self, event: Mapping[str, Any]) -> None:
         self.started = event["time"]
-        self.rows = {node["node"]: Row() for node in event["nodes"]}
+        self.rows = {node["node"]: Row(planned=0.0 if node.get("status") == "hit" else node.get("planned")) for node in event["nodes"]}
+        first = next((row for row in self.rows.values() if row.planned), None)
+        if first is not None and first.planned is not None:
+            first.planned += event.get("starting", 0.0)  # it waits for the imports that all share
         if self.console.is_terminal and not self.console.is_dumb_terminal and not self.label:
             # Standard output is left alone: what is printed there may be on its way to another program.
             live = Live(get_renderable=self.render, console=self.console, refresh_per_second=REFRESHES, redirect_stdout=False)
@@ -94,6 +119,7 @@ class Display:
         for row in self.rows.values():
             if row.state in ("running", "waiting"):
                 row.state, row.seconds = "stopped", event["time"] - row.started
+        self.over = True
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -107,7 +133,7 @@ class Display:
             self._plain(node, "waits for another run that is computing it", now)
         elif kind == "node_started":
             row.state, row.started, row.plain_next = "running", now, now + PLAIN_INTERVAL
-            self._plain(node, "started", now)
+            self._plain(node, "started" + (f", {left} of the run" if (left := self._left(now)) else ""), now)
         elif kind == "progress":
             row.advance(event["label"], event["done"], event["total"], now)
             if now >= row.plain_next and row.bar:
@@ -127,6 +153,20 @@ class Display:
         elif kind == "node_failed":
             row.state, row.seconds = "failed", now - (row.started or now)
             self._plain(node, "failed", now)  # why is the last thing the command says
+
+    def remaining(self, now: float) -> float | None:
+        """Seconds until the run ends; None where that of a stage to come is not known."""
+        planned = took = PLAN_WEIGHT * sum(row.planned or 0.0 for row in self.rows.values())
+        for row in self.rows.values():
+            if row.state == "done" and row.planned:
+                planned, took = planned + row.planned, took + row.seconds
+        left = [row.remaining(now, took / planned if planned else 1.0) for row in self.rows.values()]
+        return None if None in left else sum(seconds for seconds in left if seconds is not None)
+
+    def _left(self, now: float) -> str:
+        """`about 1:20 left`; empty where it is not known, or over."""
+        seconds = None if self.over else self.remaining(now)
+        return f"about {format_seconds(seconds)} left" if seconds else ""
 
     def _plain(self, node: str, text: str, now: float) -> None:
         if self._live is None:
@@ -148,7 +188,8 @@ class Display:
             state = Text("" if row.state == "open" else row.state, style=STYLES.get(row.state, ""))
             table.add_row(Text(name, style=dim), state, _detail(row, now))
         settled = sum(row.state in ("hit", "done") for row in self.rows.values())
-        table.add_row(Text("total", style="dim"), Text(f"{settled} of {len(self.rows)}", style="dim"), _seconds(now - self.started))
+        total = Text.assemble(_seconds(now - self.started), (f"  {left}" if (left := self._left(now)) else "", "bold"))
+        table.add_row(Text("total", style="dim"), Text(f"{settled} of {len(self.rows)}", style="dim"), total)
         return table
 
 

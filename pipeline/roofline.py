@@ -20,11 +20,13 @@ from pipeline.spec import ModelSpec
 from pipeline.target import Target
 
 UTILISATION = 0.4  # of the peak: Llama 3 405B trained at 0.38 to 0.43 (https://arxiv.org/abs/2407.21783, table 4)
+MEASURED_UTILISATION = 0.7  # of what a processor was measured to reach with a Linear layer of middling size
 # Times slower than bf16, where a target does not say: 312 to 19.5 TFLOP/s (A100 data sheet), as torch uses TF32 only if told (2 on an
 # RTX 4090); and 2.3 measured on a core with AVX-512 BF16.
 FLOAT32_GPU = 16
 FLOAT32_CPU = 2
 CORE_FLOPS = 2e11  # FLOP/s in bf16 of a core beside GPUs: 210e9 measured on one of an EPYC with AVX-512 BF16 ...
+STARTING, STARTED = 6.0, 0.17  # seconds of a core: the server's imports before the first stage, and of a stage's process
 CORES = 8  # ... and how many there are at least, where the target does not say: clouds rent an A100 with 12 and more
 
 
@@ -43,22 +45,32 @@ class Work(Frozen):
     cpu: float = 0  # seconds that one core works alone, on a machine with GPUs too ...
     cpu_shared: float = 0  # ... seconds of one core for what all cores share there ...
     cpu_flops: float = 0  # ... and FLOP in bf16 that they compute together
+    overhead: float = 0  # seconds of a core for starting, imports and calls, counted where it is known how fast the cores are ...
+    overhead_shared: float = 0  # ... and for what is done with every value and no product, by all cores together
 
     def __add__(self, other: "Work") -> "Work":
         return Work(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
 
 
-def seconds(work: Work, target: Target, utilisation: float = UTILISATION, devices: int = 1) -> float | None:
+def usual_utilisation(target: Target) -> float:
+    """The share of the target's FLOP/s and bandwidth that stages reach: less of a data sheet's than of what was measured."""
+    return MEASURED_UTILISATION if target.core_speed else UTILISATION
+
+
+def seconds(work: Work, target: Target, utilisation: float | None = None, devices: int = 1) -> float | None:
     """Time of that work on `devices` of the target's processors, each at that share of its peak. None where a peak is not known.
 
     Files are read and written, and CPUs work, while GPUs wait.
     """
+    utilisation = usual_utilisation(target) if utilisation is None else utilisation
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation: {utilisation} is not a share of the peak; write a number above 0 and up to 1")
     slower = target.flops / target.float32_flops if target.flops and target.float32_flops else FLOAT32_GPU if target.gpus else FLOAT32_CPU
     compute = work.flops + work.float32_flops * slower
     cores = target.cores or (CORES if target.gpus else 1)
-    cpu = work.cpu + work.cpu_shared / cores
+    cpu = (work.cpu + work.cpu_shared / cores) / (target.core_speed or 1)
+    if target.core_speed:
+        cpu += (work.overhead + work.overhead_shared / cores) / target.core_speed
     if target.gpus:
         cpu += work.cpu_flops / (CORE_FLOPS * cores * utilisation)
     else:

@@ -106,7 +106,8 @@ class Target(Frozen):
 
     `memory`, `flops`, `bandwidth` and `reserve` are those of one GPU, or of the processor where `gpus` is 0. `price` is a round
     figure with the day it was written down and where it is from: give these two with a price of your own.
-    A target called `host` is this machine: its `ram` and `cores` are detected where they are not given.
+    A target called `host` is this machine: its `ram` and `cores` are detected where they are not given, and where it has no GPU, what it
+    computes a second is measured when a plan needs it (pipeline/rates.py).
     """
 
     name: str
@@ -119,6 +120,7 @@ class Target(Frozen):
     flops: Flops | None = Field(default=None, gt=0)  # FLOP/s in bf16, dense (data sheets like to print twice that, for sparse matrices)
     float32_flops: Flops | None = Field(default=None, gt=0)  # FLOP/s in float32; None: a usual share of `flops` (pipeline/roofline.py)
     bandwidth: Bandwidth | None = Field(default=None, gt=0)  # bytes per second between a processor and its memory
+    core_speed: float | None = Field(default=None, gt=0)  # of a core at what is no matrix product; 1: of that which stages' figures are of
     disk_bandwidth: Bandwidth = Field(default=1e9, gt=0)  # bytes per second of its files: assumed; an NVMe disk has 2 to 7 GB/s
     reserve: Size | None = Field(default=None, ge=0)  # bytes that the engine keeps from weights and cache; None: see `kept`
     price: float | None = Field(default=None, ge=0)  # dollars per hour, all GPUs together

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from pipeline.artifact import DERIVED, MEASUREMENTS, Manifest
 from pipeline.identity import digest, non_default
+from pipeline.installed import package_path
 from pipeline.plan import Plan, PlannedNode
-from pipeline.process import package_path
 from pipeline.recipe import ModelSource, TrackingSettings
 from pipeline.report import Report, artifact_bytes, model_facts
 from pipeline.report_table import markdown

@@ -12,7 +12,6 @@ The folder is the whole protocol, so it does not matter who started the process:
 import errno
 import faulthandler
 import json
-import os
 import resource
 import sys
 import time
@@ -28,19 +27,13 @@ from pipeline.artifact_spec import Spec
 from pipeline.hashed import Hashed, known_below, remember_links
 from pipeline.isolated import Isolated, IsolatedFailure, Kind, Returned
 from pipeline.layout import Frozen
+from pipeline.library_defaults import set_library_defaults
 from pipeline.parent import end_with_parent
 from pipeline.spec import ModelSpec
 from pipeline.stage import Context, find_stage
 from pipeline.usage import environment, peak_rss, peak_vram, resident
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of the same label
-LIBRARY_DEFAULTS = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: spinning ones make two runs on the same cores ten times as slow
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # cuda.is_available() then asks the driver without initialising CUDA
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch takes large tensors from huge pages and returns them: peaks are lower
-    "HF_HUB_OFFLINE": "1",  # a stage reads what the plan names; bitsandbytes would fetch native code wherever `kernels` is installed
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow (through pandas) would start a thread, after which forking is unsafe
-}
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 DISK_FULL = ("no space left on device", "disk quota exceeded")
 
@@ -253,12 +246,6 @@ def _limit_memory(nbytes: int | None) -> None:
     """Bound private writable memory; None lifts it. Not RLIMIT_AS, which also counts files mapped to read, such as weights."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard if nbytes is None else nbytes, hard))
-
-
-def set_library_defaults() -> None:
-    """Before torch is imported. What the user's environment says goes first."""
-    for name, value in LIBRARY_DEFAULTS.items():
-        os.environ.setdefault(name, value)
 
 
 def main() -> int:

@@ -18,7 +18,20 @@ from stages.runtime.launch import ALONE, launch, read_config
 from stages.runtime.lora_settings import adapter_spec, check_rank, loading_memory, nf4_bytes
 from stages.runtime.peak_memory import peak
 from stages.runtime.sparsity_settings import MERGED_ZEROS, described, sparse_names
-from stages.runtime.stage_work import forward_flops, merging, micro_batches, publishing, reading, tokenizing, training, unpacking_nf4
+from stages.runtime.stage_work import (
+    DISTILLED,
+    LEARNED,
+    flowing,
+    forward_flops,
+    merging,
+    micro_batches,
+    publishing,
+    reading,
+    scoring,
+    tokenizing,
+    training,
+    unpacking_nf4,
+)
 from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams, activation_memory
 
 STATE_BYTES = 16  # of a trained weight: itself, its gradient and AdamW's two moments, each fp32 ...
@@ -148,9 +161,10 @@ class Distill(Stage):
             packed = unpacking_nf4(p, teacher, 1) * micro_batches(p, self.execution, processes.count)
             scored = forward_flops(teacher, p.tokens / processes.count, p.max_length)
             work += reading(teacher) + p.products(scored) + Work(nbytes=packed if p.teacher_precision == "nf4" else 0)
+            work += flowing(teacher, p.tokens / processes.count, p.max_length)
         elif teacher is not None:
             work += Work(disk=p.epochs * teacher.nbytes)
-        return work
+        return work + scoring(student, p.tokens / processes.count, LEARNED if teacher is None else DISTILLED)
 
     def lighter(self, student: ModelSpec, train: DatasetSpec, teacher: ModelSpec | LogitsSpec | None = None) -> Iterator[Lighter]:
         """Also the teacher's logits in place of a teacher that is loaded."""

@@ -18,7 +18,7 @@ from pipeline.target import Memory, Target
 from stages.runtime.forwards import Forward, forward_memory, forward_work, has_plain_head, head_bytes, row_bytes
 from stages.runtime.layerwise_settings import LayerwiseExecution
 from stages.runtime.peak_memory import peak
-from stages.runtime.stage_work import scored_tokens, tokenizing
+from stages.runtime.stage_work import COMPARED, SCORED, scored_tokens, scoring, tokenizing
 from stages.runtime.windows import HIDDEN_STATES, LOGITS_BUFFERS, LOGITS_BUFFERS_ALONE, LOGITS_BYTES, batches, cut_windows, scored
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Evaluate(Stage):
 
     def work(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None, **stored: StatesSpec) -> Work:
         """What is stored is read, and multiplied with the output embedding."""
-        tokens, work = scored_tokens(eval, self.params.max_documents), tokenizing(eval)
+        tokens, work = scored_tokens(eval, self.params.max_documents, model.architecture.vocab_size), tokenizing(eval)
         views = forwards(model, reference, stored)
         for execution, by_llama_cpp in ((LayerwiseExecution(), True), (self.execution, False)):  # a GGUF file is read once
             computed = [view for view in views if view.spec.is_gguf == by_llama_cpp]
@@ -149,7 +149,8 @@ class Evaluate(Stage):
             assert spec is not None, "what is stored of a reference comes with one"
             states = tokens * row_bytes(self.params.in_memory(spec))
             work += self.params.products(2 * tokens * table_size(spec)) + Work(disk=states + head_bytes(spec))
-        return work
+        others = bool(reference) + bool(model.kv_cache.mode)
+        return work + scoring(model, tokens, SCORED + others * COMPARED)
 
     def explain(self, model: ModelSpec, eval: DatasetSpec, reference: ModelSpec | None = None) -> list[str]:
         said = []

@@ -61,7 +61,7 @@ class StoreHiddenStates(Stage):
         return Memory(ram=held, vram=items, disk=disk) if on_gpu else Memory(ram=held | items, disk=disk)
 
     def work(self, model: ModelSpec, eval: DatasetSpec) -> Work:
-        tokens = scored_tokens(eval, self.params.max_documents)
+        tokens = scored_tokens(eval, self.params.max_documents, model.architecture.vocab_size)
         computing = forward_work([Forward("model", model)], self.params, self.execution, tokens, self.window(model), head=False)
         written = tokens * row_bytes(self.params.in_memory(model))
         return tokenizing(eval) + computing + Work(disk=written) + digesting(written)

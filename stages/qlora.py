@@ -20,7 +20,7 @@ from pipeline.target import Memory, Target
 from stages.runtime.lora_settings import LoRATraining, adapter_spec, loading_memory, nf4_bytes
 from stages.runtime.peak_memory import peak
 from stages.runtime.sparsity_settings import ADAPTER_ALONE, MERGED_ZEROS, described, merge_cost, sparse_names
-from stages.runtime.stage_work import digesting, merging, publishing, reading, tokenizing, training
+from stages.runtime.stage_work import LEARNED, digesting, merging, publishing, reading, scoring, tokenizing, training
 from stages.runtime.training_settings import TrainingExecution, activation_memory
 
 
@@ -94,6 +94,7 @@ class QLoRA(Stage):
     def work(self, model: ModelSpec, train: DatasetSpec) -> Work:
         adapter = adapter_spec(model, self.params.rank).nbytes
         trained = training(self.params, self.execution, model, self.params) + tokenizing(train) + reading(model)
+        trained += scoring(model, self.params.tokens, LEARNED)
         trained += Work(disk=adapter) + digesting(adapter)
         return trained + (merging(model) + publishing(model) if self.params.merge else Work())
 

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.compute_dtype import DECIDED
+from pipeline.library_defaults import set_library_defaults
 from pipeline.machine import core_count
-from pipeline.worker import set_library_defaults
+from pipeline.rates import GIVEN, LOOP, Rates
 
 os.environ.setdefault(DECIDED, "fp32")  # results, keys and plans are then the same on any machine; tests of bf16 say so
+os.environ.setdefault(
+    GIVEN, Rates(flops=1e12, float32_flops=1e11, bandwidth=2e10, loop=LOOP, threads=2).model_dump_json()
+)  # likewise hours
 set_library_defaults()  # before torch is imported: stages that run in this process then behave as in a worker
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores, as the jobs of a sweep do
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, core_count() // workers)))

@@ -12,7 +12,7 @@ from pipeline.spec import ModelSpec
 from stages.runtime.layerwise_settings import LayerwiseExecution
 from stages.runtime.peak_memory import freed_activations, layer_bytes, resident_memory, widest
 from stages.runtime.scheme import unpacking_memory
-from stages.runtime.stage_work import TOKEN_BYTES, forward_flops, reading
+from stages.runtime.stage_work import TOKEN_BYTES, flowing, forward_flops, reading
 from stages.runtime.windows import HIDDEN_STATES
 
 
@@ -78,6 +78,7 @@ def forward_work(
 ) -> Work:
     """Of `tokens` tokens; with `head`, their logits too. Layer by layer, the weights are read for each text that is in flight together."""
     work = computing.products(sum(forward_flops(spec, tokens, window, head) for _, spec, _ in views))
+    work = sum((flowing(spec, tokens, window) for _, spec, _ in views), work)
     if execution.mode == "resident":
         return sum((reading(spec) for _, spec, loads in views if loads), work)
     states = tokens * sum(row_bytes(computing.in_memory(spec)) for _, spec, _ in views)

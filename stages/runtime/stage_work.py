@@ -5,9 +5,10 @@ gradients of their own). So training every weight of a model of N takes 6 N FLOP
 
     training(p, execution, llama2_7b).flops / (p.tokens * llama2_7b.num_parameters)    # 5.94: no product for the embedding, attention added
 
-Rates of what only CPUs do are those of one core of an EPYC with AVX-512, measured. Not counted: starting up, copies between CPU and GPU,
-what processes tell each other, NF4's rounding while a model is loaded, and states saved during a training. `bench/hours.py` compares: on
-one such core, the small model's evaluation, training, calibration and packing are planned at 0.6 to 1.4 of what they take.
+Rates of what only CPUs do are those of one core of an EPYC with AVX-512, measured. Not counted: copies between CPU and GPU, what processes
+tell each other, NF4's rounding while a model is loaded, and states saved during a training; on a GPU neither starting up, nor what is done
+with values beside products. On a processor that was measured these two are: of a small model they are half of the time. `bench/hours.py`
+compares a whole recipe with its plan, `bench/stage_hours.py` stages alone.
 """
 
 import math
@@ -22,6 +23,7 @@ from stages.runtime.scheme import CalibrationExecution, Observer, Windows, offlo
 from stages.runtime.training_settings import LoRAParams, TrainingExecution, TrainingParams
 
 TOKEN_BYTES = 4  # of text: English with vocabularies of 32,000 words and more; the small model's 4,096 words make it 3.4 of Python
+LARGE_VOCABULARY = 32_000
 
 # A core, a second, of what all cores share:
 PACKED = 50e6  # weights rounded and packed: 47e6 to 76e6, by bits and zero points
@@ -35,6 +37,16 @@ HASHED = 1.8e9  # bytes digested by sha256, on a core with instructions for it
 CHECKED = 16e9  # bytes searched for nan and inf as they pass by to be digested
 TOKENIZED = 2.5e6  # bytes of text
 
+# Seconds of a core, of what is no product, counted on processors that were measured (Target.core_speed):
+FLOWED = 2.3e-9  # for each value that a layer passes on in a forward
+TRAINED = 3  # forwards' worth of it in a forward and backward
+SCORED = 9e-9  # for each logit: its loss
+COMPARED = 14e-9  # ... and the divergence from another model's
+LEARNED = 12e-9  # ... its loss and gradient
+DISTILLED = 22e-9  # ... the divergence from a teacher's at a temperature, and its gradient
+TRAINER = 2.6  # importing transformers' Trainer, and peft and bitsandbytes with it
+LLM_COMPRESSOR = 3.4  # importing llm-compressor, and its sessions
+
 # Bytes moved in the memory of the device that computes:
 ADAMW_BYTES = 28 + 12  # for each trained weight and update: weight, gradient, two moments read, three written; the gradient clipped
 CLIPPING_TRAFFIC = 210  # for each weight and share of its group's range: CLIPPED on a core, at 0.4 of the 31 GB/s it copies with
@@ -47,9 +59,22 @@ def forward_flops(model: ModelSpec, tokens: float, length: int, head: bool = Tru
     return tokens * (2 * (weights - (0 if head else table_size(model))) + attention_flops(model, length / 2 if causal else length))
 
 
-def scored_tokens(text: DatasetSpec, max_documents: int | None) -> float:
-    """About, of the first documents or all."""
-    return read_share(text, max_documents) * text.nbytes / TOKEN_BYTES
+def flowing(model: ModelSpec, tokens: float, length: int) -> Work:
+    """What a forward does in its layers beside products: norms, rotations, activation functions, softmax of attention, casts."""
+    a = model.architecture
+    values = 16 * a.hidden_size + 4 * a.intermediate_size + a.num_heads * length / 2
+    return Work(overhead_shared=FLOWED * tokens * a.num_layers * values)
+
+
+def scoring(model: ModelSpec, tokens: float, seconds: float) -> Work:
+    """What is done with every logit: SCORED, COMPARED, LEARNED or DISTILLED."""
+    return Work(overhead_shared=seconds * tokens * model.architecture.vocab_size)
+
+
+def scored_tokens(text: DatasetSpec, max_documents: int | None, vocab_size: int) -> float:
+    """About, of the first documents or all. A small vocabulary cuts text into more of them."""
+    token_bytes = TOKEN_BYTES * min(1.0, math.log(vocab_size) / math.log(LARGE_VOCABULARY))
+    return read_share(text, max_documents) * text.nbytes / token_bytes
 
 
 def read_share(text: DatasetSpec, max_documents: int | None) -> float:
@@ -120,7 +145,8 @@ def training(
         nbytes = params.steps * adapter.num_parameters * ADAMW_BYTES + batches * unpacking_nf4(params, model, 3 if again else 2)
     else:
         nbytes = model.num_parameters * (params.steps * ADAMW_BYTES / processes.shards + batches * ACCUMULATION_BYTES)
-    return params.products(flops + again) + Work(nbytes=nbytes)
+    flows = flowing(model, tokens * (TRAINED + bool(again)), params.max_length)
+    return params.products(flops + again) + Work(nbytes=nbytes, overhead=TRAINER) + flows
 
 
 def micro_batches(params: TrainingParams, execution: TrainingExecution, processes: int = 1) -> int:
@@ -150,7 +176,8 @@ def calibrating(
     twice = 2 * forward_flops(dense, params.tokens, params.max_length, causal=False, all_experts=True)
     probe = 2 * forward_flops(dense, params.max_length, params.max_length)
     proven = Work(cpu_flops=probe) if computing.computes_in == "bf16" else Work(float32_flops=probe)
-    work = computing.products(twice) + proven + Work(cpu_shared=packed_weights(packed) / ROUNDED) + tokenizing(data)
+    work = computing.products(twice) + proven + flowing(dense, 2 * params.tokens, params.max_length) + tokenizing(data)
+    work += Work(cpu_shared=packed_weights(packed) / ROUNDED, overhead=LLM_COMPRESSOR)
     if execution.offload == "disk":  # read to calibrate, to prove and to pack; and read once more to see whether the result loads
         work += reading(dense, 3) + Work(disk=offloaded_bytes(computing.in_memory(packed), changed) + packed.nbytes)
     else:

@@ -26,13 +26,13 @@ from pipeline import machine
 from pipeline.artifact import Manifest
 from pipeline.errors import Interrupted, LlmpressError
 from pipeline.executor import execute
+from pipeline.library_defaults import set_library_defaults
 from pipeline.plan import PlannedNode, make_plan
 from pipeline.process import ForkServer
 from pipeline.recipe import read_config
 from pipeline.spec import ModelSpec
 from pipeline.store import Store
 from pipeline.target import Target, format_size
-from pipeline.worker import set_library_defaults
 from tests.gpu import card
 from tests.gpu.agreement import Made, agreement
 from tests.gpu.rows import DENSE, SIZES, Row, Sizes, rows

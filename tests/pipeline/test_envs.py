@@ -17,7 +17,7 @@ from pipeline import envs
 from pipeline.collect import collect
 from pipeline.envs import Environments, lock_digest, pins, uv_settings
 from pipeline.errors import PlanError
-from pipeline.process import package_path
+from pipeline.installed import package_path
 from pipeline.store import Store, check_writable
 
 SHIPPED = sorted(file.stem for file in envs._folder().glob("*.txt"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.installed import package_path
 from pipeline.isolated import Isolated, IsolatedFailure
-from pipeline.process import package_path
 from pipeline.stage import BUILT_IN
 from pipeline.worker import explain
 from tests.pipeline.bare_environment import make_bare_environment, site_packages

@@ -88,6 +88,55 @@ def test_a_log_file_hears_of_progress_every_ten_seconds() -> None:
     ]
 
 
+def planned(**hours: float | None) -> dict[str, Any]:
+    """Of `name=seconds`; a first stage waits for imports of 2 s too."""
+    nodes = [{"node": name, "stage": name, "status": "miss", "planned": seconds} for name, seconds in hours.items()]
+    return {"event": "run_started", "starting": 2.0, "nodes": nodes}
+
+
+def test_what_is_left_of_a_run_is_what_is_planned() -> None:
+    display, _ = show(False, planned(prune=8.0, distill=80.0, evaluate=10.0))
+    assert display.remaining(time.time()) == pytest.approx(100)
+
+
+def test_a_run_that_takes_longer_than_planned_takes_longer_to_its_end() -> None:
+    """Of 100 planned seconds 10 took 20, beside a tenth of the plan that is believed: 1.5 times as long."""
+    ended = {"event": "node_finished", "node": "prune", **FINISHED}
+    display, _ = show(False, planned(prune=8.0, distill=80.0, evaluate=10.0))
+    began = time.time()
+    display({"event": "node_started", "node": "prune", "time": began})
+    display({**ended, "time": began + 20})
+    assert display.remaining(began + 20) == pytest.approx(1.5 * 90)
+    display({"event": "node_started", "node": "distill", "time": began + 20})
+    assert display.remaining(began + 30) == pytest.approx(1.5 * 90 - 10)
+    assert display.remaining(began + 1000) == pytest.approx(1.5 * 10), "what takes longer than thought is about to end"
+
+
+def test_a_stage_that_counts_says_itself_when_it_is_through() -> None:
+    display, _ = show(False, planned(distill=80.0, evaluate=10.0), {"event": "node_started", "node": "distill"})
+    began = display.rows["distill"].started
+    for done in (0, 2, 5):
+        display({"event": "progress", "node": "distill", "label": "training", "done": done, "total": 40, "time": began + 2 * done})
+    assert display.remaining(began + 10) == pytest.approx(2 * 35 + 10)
+
+
+def test_hits_cost_nothing_and_what_is_not_known_is_not_told() -> None:
+    start = planned(prune=8.0, distill=None)
+    display, text = show(False, start, {"event": "node_started", "node": "prune"})
+    assert display.remaining(time.time()) is None and text.splitlines()[-1].endswith("prune: started")
+    start["nodes"][1]["status"] = "hit"
+    display, text = show(False, start, {"event": "node_started", "node": "prune"})
+    assert text.splitlines()[-1].endswith("prune: started, about 10.0 s left of the run")
+
+
+def test_the_last_line_of_a_terminal_tells_the_rest_of_the_run() -> None:
+    display, _ = show(True, planned(prune=8.0, distill=8000.0), {"event": "node_started", "node": "prune"})
+    (total,) = (line for line in rendered(display).splitlines() if line.startswith("total"))
+    display({"event": "run_finished", "time": time.time(), "status": "interrupted", "seconds": 1.0})
+    assert "left" in total and len(total) <= 80
+    assert "left" not in rendered(display)
+
+
 def test_markup_in_a_message_is_text() -> None:
     _, text = show(False, STARTED, {"event": "warning", "text": "[red]model.layers[0][/red]"})
     assert "warning: [red]model.layers[0][/red]" in text
