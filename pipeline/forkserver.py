@@ -21,6 +21,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "safetensors.torch",
 )
+# transformers looks whether these are there and then imports them whole, a quarter of all that is imported, for assisted generation and the
+# losses of object detection. No stage uses either. A stage that imports them itself finds them, since they are hidden from this look alone.
+HIDDEN = ("sklearn", "scipy")
 
 
 def main() -> None:
@@ -57,8 +62,9 @@ def preload() -> str:
     """Import PRELOAD. Why this process must not fork afterwards, empty where it may."""
     set_library_defaults()
     try:
-        for name in PRELOAD:
-            importlib.import_module(name)
+        with _hidden(HIDDEN):
+            for name in PRELOAD:
+                importlib.import_module(name)
     except ImportError as error:
         traceback.print_exc()
         return f"{error.name or 'a library'} cannot be imported ({error})"
@@ -75,6 +81,18 @@ def preload() -> str:
     os.waitpid(child, 0)
     count = len(os.listdir("/proc/self/task"))
     return f"importing the libraries started {count - 1} native threads" if count > 1 else ""
+
+
+@contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    """Within it these modules are not to be found, unless they are imported already."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: not to be imported
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _line(**content: Any) -> bytes:

@@ -107,3 +107,19 @@ def test_a_request_names_a_folder_only(fork_server: ForkServer, tmp_path: Path) 
     prepare(folder)
     assert finish(fork_server.run(folder)) == 0
     assert json.loads((folder / "response.json").read_text())["ok"]
+
+
+def test_what_no_stage_uses_is_not_imported_first_and_still_there_for_one_that_does() -> None:
+    code = (
+        "import sys\nfrom pipeline.forkserver import HIDDEN, preload\nassert preload() == ''\n"
+        "assert not set(HIDDEN) & set(sys.modules), 'hidden while the libraries look for them'\n"
+        "import scipy.optimize, sklearn.metrics, transformers\n"
+        "from transformers.generation.candidate_generator import AssistedCandidateGenerator\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\nimport torch\n"
+        "config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)\n"
+        "model = LlamaForCausalLM(config)\n"
+        "assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False).shape == (1, 4)\n"
+        "assert float(model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss) > 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
