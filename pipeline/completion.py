@@ -42,10 +42,10 @@ def is_query(arguments: Sequence[str]) -> bool:
     return len(arguments) == 2 and arguments[0] in FLAGS and arguments[1] in SHELLS and "COMP_LINE" in os.environ
 
 
-def answer(arguments: Sequence[str]) -> str | None:
-    """What the shell is to be told. None: Hydra has to be asked."""
+def answer(arguments: Sequence[str], known: "Known | None" = None) -> str | None:
+    """What the shell is to be told, from what is `known` or else remembered. None: Hydra has to be asked."""
     line = read_line(os.environ["COMP_LINE"])
-    found = None if line is None else _candidates(line)
+    found = None if line is None else _candidates(line, known)
     return None if found is None else SHELLS[arguments[1]].join(sorted(set(found)))
 
 
@@ -72,6 +72,22 @@ def learned_tree(words: Sequence[str], multirun: bool) -> Learned:
     return Learned("completion", ["keys", "-m" if multirun else "", *words])
 
 
+@dataclass(frozen=True)
+class Known:
+    """What one line can be completed by. `root` None: what it chooses makes no config."""
+
+    groups: Groups
+    root: Tree | None
+
+
+def remembered(line: Line) -> Known | None:
+    groups = learned_groups().recall()
+    if groups is None:
+        return None
+    tree = learned_tree(choices(line, groups), line.multirun).recall()
+    return None if tree is None else Known(groups, tree["root"])
+
+
 def choices(line: Line, groups: Groups) -> tuple[str, ...]:
     """The words that decide which keys there are: all but those that set a value."""
     return tuple(word for word in line.words if not _sets_value(word, groups) or word.partition("=")[0] == line.word.rstrip(".="))
@@ -82,27 +98,26 @@ def _sets_value(word: str, groups: Groups) -> bool:
     return found is not None and found.group(1) not in groups
 
 
-def _candidates(line: Line) -> list[str] | None:
+def _candidates(line: Line, known: Known | None) -> list[str] | None:
     key, equals, value = line.word.rpartition("=")
     if equals and value.startswith(PLACE):
         return [f"{key}={file}" for file in _files(value)]
     if not WORD.fullmatch(line.word) or line.word.startswith((".", "=")):
         return None
-    groups = learned_groups().recall()
-    tree = None if groups is None else learned_tree(choices(line, groups), line.multirun).recall()
-    if groups is None or tree is None or not _fits(line, groups, tree["root"]):
+    known = known or remembered(line)
+    if known is None or not _fits(line, known):
         return None
-    chosen, exact = _groups(line.word, groups)
-    if exact or tree["root"] is None:  # without a config there are no keys
+    chosen, exact = _groups(line.word, known.groups)
+    if exact or known.root is None:  # without a config there are no keys
         return chosen
-    keys = _keys(tree["root"], line.word)
+    keys = _keys(known.root, line.word)
     return None if keys is None else chosen + keys
 
 
-def _fits(line: Line, groups: Groups, root: Tree) -> bool:
+def _fits(line: Line, known: Known) -> bool:
     """Whether every value that the line sets is there to be set, so that Hydra would compose the config."""
-    paths = [word.partition("=")[0] for word in line.words if _sets_value(word, groups)]
-    return root is None or all("value" in (_at(root, path) or {}) for path in paths)
+    paths = [word.partition("=")[0] for word in line.words if _sets_value(word, known.groups)]
+    return known.root is None or all("value" in (_at(known.root, path) or {}) for path in paths)
 
 
 def _files(start: str) -> list[str]:

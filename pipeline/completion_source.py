@@ -3,29 +3,29 @@
 from typing import Any
 
 import hydra
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pipeline.completion import Line, Tree, choices, learned_groups, learned_tree
+from pipeline.completion import Known, Line, Tree, choices, learned_groups, learned_tree
 from pipeline.learned import others_stages
 from pipeline.resources import resources
 
 CONFIG = "config"
 
 
-def learn(line: Line) -> None:
-    """Of what this line chooses. HydraException for a line that cannot be read."""
+def learn(line: Line) -> Known:
+    """Of what this line chooses; remembered for other lines. HydraException for a line that cannot be read."""
     groups_memory = learned_groups()
     with hydra.initialize_config_dir(str(resources() / "conf"), job_name="run", version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
+        loader: Any = GlobalHydra.instance().config_loader()
         groups = groups_memory.recall()
         if groups is None:
             groups = {}
-            _add_groups(loader, "", groups)
+            _add_groups(loader.repository, "", groups)
             groups_memory.keep(groups)
         words = choices(line, groups)
         memory = learned_tree(words, line.multirun)
@@ -34,19 +34,20 @@ def learn(line: Line) -> None:
             config = loader.load_configuration(CONFIG, list(words), run_mode=mode)
         except ConfigCompositionException:
             memory.keep({"root": None})
-            return
+            return Known(groups, None)
+    root = _tree(config)
     if not others_stages({"stages": OmegaConf.to_container(config.stages, resolve=False)}):
-        memory.keep({"root": _tree(config)})
+        memory.keep({"root": root})
+    return Known(groups, root)
 
 
-def _add_groups(loader: ConfigLoader, name: str, groups: dict[str, dict[str, list[str]]]) -> None:
+def _add_groups(repository: IConfigRepository, name: str, groups: dict[str, dict[str, list[str]]]) -> None:
     found = {
-        kind: loader.get_group_options(name, results_filter=wanted, config_name=CONFIG, overrides=[])
-        for kind, wanted in (("configs", ObjectType.CONFIG), ("groups", ObjectType.GROUP))
+        kind: repository.get_group_options(name, wanted) for kind, wanted in (("configs", ObjectType.CONFIG), ("groups", ObjectType.GROUP))
     }
     groups[name] = found
     for inner in found["groups"]:
-        _add_groups(loader, f"{name}/{inner}" if name else inner, groups)
+        _add_groups(repository, f"{name}/{inner}" if name else inner, groups)
 
 
 def _tree(config: DictConfig) -> Tree:

@@ -3,8 +3,7 @@
     stage/<name>     from the stage's own `Params` and `Execution`: its module is imported by the recipe that uses it, by no other
     recipe/<name>    from the recipe's file, which is then checked (`recipe.check_document`)
 
-A store with made nodes would be copied whole at every composition, and a launcher's worker processes, on other machines too, are handed
-a copy: so a node holds what it is made from and nothing else.
+A launcher's worker processes, on other machines too, are handed a copy of the store: so a node holds what it is made from and nothing else.
 """
 
 from collections.abc import Callable
@@ -42,9 +41,19 @@ class Deferred(ConfigNode):
         self.make = partial(_same, copied)
 
 
+class Nodes(dict[str, Any]):
+    """The store's nodes. Hydra copies them all whenever it composes or lists a group, and each again when it is read, which is enough."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Nodes":
+        return self
+
+
 def register(group: str, name: str, make: Callable[[], DictConfig], package: str | None = None) -> None:
     """`make` is called when the node is read, in this process or, found there by import, in a launcher's worker."""
-    place = ConfigStore.instance().repo
+    store = ConfigStore.instance()
+    if not isinstance(store.repo, Nodes):
+        store.repo = Nodes(store.repo)
+    place = store.repo
     for part in group.split("/"):
         place = place.setdefault(part, {})
     place[f"{name}.yaml"] = Deferred(group, name, make, package)

@@ -18,8 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import completion, completion_source, compose
 from pipeline.errors import LlmpressError
-from pipeline.learned import asks_for_help, keep_config, learned_config, learned_help
-from pipeline.modes import carry_out
+from pipeline.learned import Composed, asks_for_help, keep_config, learned_config, learned_help
 from pipeline.objectives import Returned
 from pipeline.resources import resources
 from pipeline.stage import plugin_paths
@@ -56,20 +55,25 @@ def _compose(arguments: Sequence[str], taken: list[str]) -> None:
     config = compose.read(compose.composed(taken))
     if {source.provider for source in HydraConfig.get().runtime.config_sources} <= OWN_SOURCES:
         keep_config(learned, config)
-    carry_out(config)
+    _carry_out(config)
 
 
 def _complete(arguments: Sequence[str]) -> None:
     """Learn what this line chooses, so that the next TAB in it is quick; what cannot be learned is answered by Hydra itself."""
-    line = completion.read_line(os.environ["COMP_LINE"])
-    if line is not None:
-        with contextlib.suppress(HydraException):  # the line cannot be read: Hydra says so below
-            completion_source.learn(line)
-    candidates = completion.answer(arguments)
+    line, known = completion.read_line(os.environ["COMP_LINE"]), None
+    with contextlib.suppress(HydraException):  # the line cannot be read: Hydra says so below
+        known = completion_source.learn(line) if line else None
+    candidates = completion.answer(arguments, known)
     if candidates is None:
         _main()
     else:
         print(candidates)
+
+
+def _carry_out(config: Composed) -> Returned:
+    from pipeline.modes import carry_out  # here: help and completion do without what makes and prints plans
+
+    return carry_out(config)
 
 
 def _help(arguments: Sequence[str]) -> None:
@@ -92,7 +96,7 @@ def _main() -> None:
 
     def task(config: DictConfig) -> Returned:
         try:
-            return carry_out(compose.read(config))
+            return _carry_out(compose.read(config))
         except OmegaConfBaseException as error:
             failed.append(compose.explain(error))
         except LlmpressError as error:  # raised here, Hydra would print its own lines about it first

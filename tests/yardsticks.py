@@ -27,8 +27,11 @@ def work_seconds(work: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def command_seconds(command: list[str], folder: Path | None = None, env: Mapping[str, str] = os.environ, repeats: int = 2) -> float:
-    """CPU seconds of a command that succeeds, with those of the processes that it waited for; the least of several times."""
-    times = []
+    """CPU seconds of a command that succeeds, with those of the processes that it waited for; the least of several times.
+
+    The first time, what it imports is compiled, and what it remembers is found out.
+    """
+    times, env = [], {**env, "PYTHONDONTWRITEBYTECODE": ""}
     for _ in range(repeats):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

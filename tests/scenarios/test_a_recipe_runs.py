@@ -86,7 +86,7 @@ def test_planning_imports_nothing_heavy(run: Run, folder: Path) -> None:
     assert run("recipe=mine.yaml", "mode=plan", blocked=heavy).code == 0
     assert not (folder / "outputs").exists()
     plan = [sys.executable, "-m", "pipeline", "recipe=quickstart", "mode=plan", f"outputs={folder / 'outputs'}"]
-    assert command_seconds(plan, ROOT) < 8 * import_seconds()
+    assert command_seconds(plan, ROOT, repeats=3) < 3 * import_seconds()
 
 
 def test_gc_removes_what_no_run_uses(run: Run, folder: Path) -> None:
