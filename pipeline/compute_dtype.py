@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from pipeline.errors import RecipeError
 from pipeline.headers import ITEM_BYTES
 from pipeline.layout import DType, Frozen
 from pipeline.roofline import Work
@@ -80,10 +81,10 @@ def slow_sentences(dtype: Dtype | None, machine: Target, on_gpu: bool) -> list[s
 
 
 def processor_dtype() -> Dtype:
-    """ValueError where the environment says something that is no dtype."""
+    """RecipeError where the environment says something that is no dtype."""
     decided = os.environ.get(DECIDED, "")
     if decided not in ("", *STORED):
-        raise ValueError(f"{DECIDED}: '{decided}' is no dtype; write bf16 or fp32, or leave it unset")
+        raise RecipeError([f"{DECIDED}: '{decided}' is no dtype; write bf16 or fp32, or leave it unset"])
     return decided or ("bf16" if has_bf16_units() else "fp32")  # type: ignore[return-value]  # one of STORED
 
 

@@ -3,23 +3,21 @@
     at_measured_rates(Target.host()).float32_flops    # 1.6e11: the first time after a few seconds, later from a file
 
 A plan for `host` then has hours. Measured are matrix products in both dtypes, a copy within memory, and a loop of plain Python, which
-tells how fast a core is at everything else. The file lies in $XDG_CACHE_HOME or ~/.cache, one for each processor, number of cores,
+tells how fast a core is at everything else. It is remembered (pipeline/remembered.py) for each processor, number of cores,
 version of Python and torch, and setting of its libraries. What was measured while others used the machine is taken for an hour only. No
 key holds a rate.
 
 `LLMPRESS_RATES` says instead what is to be taken, as that file has it: for a plan that is to be the same on every machine.
 """
 
-import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-import uuid
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -29,6 +27,7 @@ from pipeline.identity import library_version
 from pipeline.installed import package_path
 from pipeline.layout import Frozen
 from pipeline.library_defaults import LIBRARY_DEFAULTS
+from pipeline.remembered import Remembered
 from pipeline.target import Target
 
 GIVEN = "LLMPRESS_RATES"
@@ -43,11 +42,11 @@ TIMEOUT = 120  # seconds: importing torch from a slow disk takes most of them
 class Rates(Frozen):
     """FLOP/s of products in bf16 and float32 and bytes/s of a copy, by all threads together; seconds of a loop of plain Python."""
 
-    flops: float = Field(gt=0)
-    float32_flops: float = Field(gt=0)
-    bandwidth: float = Field(gt=0)
-    loop: float = Field(gt=0)
-    threads: int = Field(ge=1)  # that a library uses here: of a machine's cores those that it may, and that are not the half of another
+    flops: float = Field(ge=1e7, le=1e17)
+    float32_flops: float = Field(ge=1e7, le=1e17)
+    bandwidth: float = Field(ge=1e7, le=1e15)
+    loop: float = Field(ge=1e-5, le=10)
+    threads: int = Field(ge=1, le=4096)  # that a library uses here: of the cores those that it may, and that are not the half of another
     quiet: bool = True  # whether nothing else kept the cores from it
 
     @property
@@ -75,7 +74,9 @@ def _given(text: str) -> Rates:
         return Rates.model_validate_json(text)
     except ValidationError as error:
         fields = ", ".join(name for name, field in Rates.model_fields.items() if field.is_required())
-        raise RecipeError([f"{GIVEN}: {error.errors()[0]['msg']}; write a JSON object with {fields}, or leave it unset"]) from None
+        first = error.errors()[0]
+        where = "".join(f" {field}:" for field in first["loc"])
+        raise RecipeError([f"{GIVEN}:{where} {first['msg']}; write a JSON object with {fields}, or leave it unset"]) from None
 
 
 def _identity() -> tuple[str, ...]:
@@ -95,42 +96,24 @@ def _measured(*identity: str) -> Rates | None:
     """Remembered, or measured now and remembered. None where there is no torch or it cannot be run, which is said."""
     if library_version("torch") is None:
         return None
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    file = cache_folder() / f"rates-{digest[:12]}.json"
-    found = _remembered(file)
+    memory, key = Remembered("rates"), json.dumps(identity)
+    found = _still_true(memory.recall(key, mark=None))
     if found is None:
         print("measuring how fast this machine computes, which takes some seconds and is remembered", file=sys.stderr)
         found = _measure()
-    if found is not None:
-        _remember(file, found, identity)
+        if found is not None:
+            memory.keep(key, None, {"rates": found.model_dump(), "time": time.time()})
     return found
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llmpress"
-
-
-def _remembered(file: Path) -> Rates | None:
-    """None where there is no such file, or it is damaged, or too old for what it was measured under."""
+def _still_true(remembered: Any) -> Rates | None:
+    """None where nothing is remembered, or what makes no sense, or what was measured on a busy machine a while ago."""
     try:
-        found = Rates.model_validate(json.loads(file.read_text(encoding="utf-8"))["rates"])
-        fresh = time.time() - file.stat().st_mtime < BUSY_LASTS
-    except (OSError, ValueError, KeyError, TypeError):
+        found = Rates.model_validate(remembered["rates"])
+        fresh = 0 <= time.time() - remembered["time"] < BUSY_LASTS
+    except (ValueError, KeyError, TypeError):
         return None
     return found if found.quiet or fresh else None
-
-
-def _remember(file: Path, rates: Rates, identity: tuple[str, ...]) -> None:
-    """Where the folder cannot be written, the next plan measures again."""
-    if file.exists() and _remembered(file) == rates:
-        return
-    temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"machine": identity, "rates": rates.model_dump()}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
-    except OSError:
-        pass
 
 
 def _measure() -> Rates | None:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import completion, completion_source, compose
 from pipeline.errors import LlmpressError
-from pipeline.learned import Composed, asks_for_help, keep_config, learned_config, learned_help
+from pipeline.learned import Composed, Learned, asks_for_help, keep_config, learned_config, learned_help
 from pipeline.objectives import Returned
 from pipeline.resources import resources
 from pipeline.stage import plugin_paths
@@ -31,6 +31,7 @@ def command(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed with a search path
     try:
         compose.register()
+        learned = learned_help(arguments) if asks_for_help(arguments) else learned_config(arguments)  # its mark is older than what is read
         taken = compose.take_recipe_files(arguments)
         if compose.is_sweep(taken):
             from pipeline.sweep import command  # here: with its reports it is half of what is imported, for sweeps alone
@@ -40,18 +41,17 @@ def command(arguments: list[str]) -> int:
         if completion.is_query(taken):
             _complete(taken)
         elif asks_for_help(taken):
-            _help(arguments)
+            _help(arguments, learned)
         elif any(argument.startswith("-") or "hydra" in argument for argument in taken):
             _main()
         else:
-            _compose(arguments, taken)
+            _compose(taken, learned)
     except (HydraException, OmegaConfBaseException) as error:
         raise compose.explain(error) from None
     return 0
 
 
-def _compose(arguments: Sequence[str], taken: list[str]) -> None:
-    learned = learned_config(arguments)
+def _compose(taken: list[str], learned: Learned) -> None:
     config = compose.read(compose.composed(taken))
     if {source.provider for source in HydraConfig.get().runtime.config_sources} <= OWN_SOURCES:
         keep_config(learned, config)
@@ -76,9 +76,9 @@ def _carry_out(config: Composed) -> Returned:
     return carry_out(config)
 
 
-def _help(arguments: Sequence[str]) -> None:
+def _help(arguments: Sequence[str], learned: Learned) -> None:
     """Stages of other packages are told, but their settings are not remembered."""
-    learned, printed = learned_help(arguments), io.StringIO()
+    printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             _main()

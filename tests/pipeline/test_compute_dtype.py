@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.compute_dtype import DECIDED, fastest_dtype, has_bf16_units, processor_dtype, slow_sentences
+from pipeline.errors import RecipeError
 from pipeline.identity import stage_key
 from pipeline.stage import BUILT_IN, find_stage
 from pipeline.target import Target
@@ -44,7 +45,7 @@ def test_a_gpu_decides_by_its_compute_capability_and_else_the_processor(monkeypa
 
 def test_what_the_environment_says_is_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DECIDED, "fp16")
-    with pytest.raises(ValueError, match="LLMPRESS_COMPUTE_DTYPE: 'fp16' is no dtype; write bf16 or fp32, or leave it unset"):
+    with pytest.raises(RecipeError, match="LLMPRESS_COMPUTE_DTYPE: 'fp16' is no dtype; write bf16 or fp32, or leave it unset"):
         processor_dtype()
 
 

@@ -146,6 +146,28 @@ def test_what_changed_a_moment_ago_is_not_remembered(site: Path, monkeypatch: py
     assert Learned("config", PLAN).recall() is None
 
 
+def test_a_recipe_that_is_exchanged_while_it_is_composed_is_not_kept_as_what_came_after(
+    asked: list[list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that is set to another file between the reading of the recipe and the composing."""
+    (folder / "eight.yaml").write_text(RECIPE)
+    (folder / "four.yaml").write_text(RECIPE.replace("num_bits: 8", "num_bits: 4"))
+    link, is_sweep = folder / "link.yaml", with_hydra.compose.is_sweep
+    link.symlink_to("eight.yaml")
+
+    def exchange(arguments: list[str]) -> bool:
+        link.unlink()
+        link.symlink_to("four.yaml")
+        return is_sweep(arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(with_hydra.compose, "is_sweep", exchange)
+        before = run("recipe=link.yaml", "mode=plan")
+    after = run("recipe=link.yaml", "mode=plan")
+    assert before != after and len(asked) == 2
+    assert run("recipe=link.yaml", "mode=plan") == after and len(asked) == 2
+
+
 def test_arguments_in_another_order_are_other_arguments() -> None:
     Learned("config", ["mode=plan", "mode=run"]).keep(1)
     assert Learned("config", ["mode=run", "mode=plan"]).recall() is None

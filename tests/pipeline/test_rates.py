@@ -1,7 +1,6 @@
 """How fast this machine computes: asked once, remembered by what decides it, and never in the way."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipeline.compose import resources
 from pipeline.errors import RecipeError
 from pipeline.plan import make_plan
 from pipeline.rates import BUSY_LASTS, GIVEN, LOOP, Rates, at_measured_rates
+from pipeline.remembered import Remembered
 from pipeline.roofline import Work, seconds
 from pipeline.store import Store
 from pipeline.target import Target
@@ -49,17 +49,23 @@ def test_a_machine_is_measured_once(measured: list[Rates], tmp_path: Path, capsy
     assert "remembered" in capsys.readouterr().err
     assert asked_anew() == host and len(measured) == 1
     (file,) = (tmp_path / "cache/llmpress").iterdir()
-    assert json.loads(file.read_text())["rates"] == FOUND.model_dump()
+    assert file.name == "rates.json"
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"rates": {"flops": 0}}', "[]", "\udcff"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", "\udcff"])
 def test_a_damaged_file_is_measured_again(measured: list[Rates], tmp_path: Path, content: str) -> None:
     host = asked_anew()
     (file,) = (tmp_path / "cache/llmpress").iterdir()
     file.write_bytes(content.encode(errors="surrogateescape"))
     assert asked_anew() == host == asked_anew()
     assert len(measured) == 2
+
+
+@pytest.mark.parametrize("kept", [{}, [], {"rates": FOUND.model_dump() | {"flops": 5e-324}, "time": 0}, {"rates": FOUND.model_dump()}])
+def test_what_makes_no_sense_is_measured_again(measured: list[Rates], kept: object) -> None:
+    Remembered("rates").keep(json.dumps(rates._identity()), None, kept)
+    assert asked_anew() == asked_anew() and len(measured) == 1
 
 
 def test_a_home_that_cannot_be_written_is_no_error(measured: list[Rates], tmp_path: Path) -> None:
@@ -78,8 +84,8 @@ def test_other_instructions_are_another_machine(measured: list[Rates], monkeypat
 def test_what_was_measured_on_a_busy_machine_lasts_an_hour(measured: list[Rates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "_measure", lambda: measured.append(FOUND) or FOUND.model_copy(update={"quiet": False}))
     assert asked_anew() == asked_anew() and len(measured) == 1
-    (file,) = (tmp_path / "cache/llmpress").iterdir()
-    os.utime(file, (then := time.time() - 2 * BUSY_LASTS, then))
+    now = time.time()
+    monkeypatch.setattr(rates.time, "time", lambda: now + 2 * BUSY_LASTS)
     asked_anew()
     assert len(measured) == 2
 
@@ -101,7 +107,7 @@ def test_other_machines_are_as_they_are_told(measured: list[Rates], target: Targ
 def test_rates_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GIVEN, '{"flops": -1}')
     with pytest.raises(
-        RecipeError, match=r"LLMPRESS_RATES: .*; write a JSON object with flops, float32_flops, bandwidth, loop, threads, or leave"
+        RecipeError, match=r"LLMPRESS_RATES: flops: .*; write a JSON object with flops, float32_flops, bandwidth, loop, threads, or leave"
     ):
         at_measured_rates(Target.host())
 
@@ -139,6 +145,6 @@ def test_rates_change_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return plan.digest, [node.key for node in plan.nodes], plan.seconds
 
     digest, keys, hours = planned()
-    monkeypatch.setenv(GIVEN, Rates(flops=1e9, float32_flops=1e9, bandwidth=1e9, loop=1e3, threads=1).model_dump_json())
+    monkeypatch.setenv(GIVEN, Rates(flops=1e9, float32_flops=1e9, bandwidth=1e9, loop=1, threads=1).model_dump_json())
     assert planned()[:2] == (digest, keys) and all(keys)
     assert hours and (slower := planned()[2]) and slower > hours
