@@ -24,6 +24,7 @@ from pipeline.resources import recipe_files, resources
 ON_OTHER_MACHINES = ("SlurmLauncher", "RayLauncher", "RayAWSLauncher")  # whose jobs share the outputs folder between machines
 FLAGS = ("-m", "--multirun")
 SHOWING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion", "--version")
+RENAMED = {"dtype": "compute_dtype"}  # settings of stages that had another name
 YAML_FILE = re.compile(r"\.ya?ml$")
 ADDED = {  # mappings that take entries of any name, and what to write for a new one
     r"models\.(\w+)": r"+models.\1.path=/folder",
@@ -154,7 +155,10 @@ def _absent(spot: str, parent: Any) -> str:
         return f"it is not there yet; to add it write +{spot}=..."
     if "." not in spot and spot in (parent.get("stages") or {}):
         return f"a stage's settings stand under `stages`; write stages.{spot}..."
-    return f"there is no such setting{did_you_mean(spot.rpartition('.')[2], known)}"
+    before, _, name = spot.rpartition(".")
+    if name in RENAMED and RENAMED[name] in known:
+        return f"it is called {RENAMED[name]}; write {before}.{RENAMED[name]}"
+    return f"there is no such setting{did_you_mean(name, known)}"
 
 
 def _take(value: str) -> str:

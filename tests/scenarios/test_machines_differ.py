@@ -70,4 +70,4 @@ def test_the_old_name_is_answered_with_the_new_one_in_a_recipe_and_on_the_comman
     told = "error: stages.quantize: dtype: it is called compute_dtype; write compute_dtype: fp32"
     assert told in run("recipe=mine.yaml", "mode=plan").errors
     plain = run("recipe=quickstart", "mode=plan", "stages.distill.dtype=fp32")
-    assert plain.code == 2 and "compute_dtype" in plain.err, plain.err
+    assert plain.code == 2 and "it is called compute_dtype; write stages.distill.compute_dtype" in plain.err, plain.err
