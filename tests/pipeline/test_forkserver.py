@@ -118,7 +118,7 @@ def test_what_no_stage_uses_is_not_imported_first_and_still_there_for_one_that_d
         "from transformers import LlamaConfig, LlamaForCausalLM\nimport torch\n"
         "config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)\n"
         "model = LlamaForCausalLM(config)\n"
-        "assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False).shape == (1, 4)\n"
+        "assert model.generate(torch.tensor([[1, 2]]), min_new_tokens=2, max_new_tokens=2, do_sample=False).shape == (1, 4)\n"
         "assert float(model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss) > 0\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
