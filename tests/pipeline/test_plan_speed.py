@@ -52,6 +52,7 @@ def test_what_there_is_to_choose_from_is_told_in_less_than_the_imports_take(
     arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # another test that keeps its answer at the same time may cost this one its own
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # with the stages of tests/toys the help of a recipe is not remembered
     assert command_seconds([sys.executable, "-m", "pipeline", *arguments], ROOT, repeats=3) < import_seconds()
 
 
