@@ -36,8 +36,8 @@ for node in json.loads(Path(sys.argv[3]).read_text()):
     folder.mkdir(parents=True)
     stage = find_stage(node["stage"]).from_dict(node["params"])
     found = stage.run(Context(folder, lambda event: None), **{port: made[place] for port, place in node["inputs"].items()})
-    for port, artifact in found.items() if isinstance(found, dict) else [(None, found)]:
-        made[f"{node['name']}.{port or node['main']}"] = artifact
+    for port in node["outputs"]:
+        made[f"{node['name']}.{port}"] = getattr(found, port) if len(node["outputs"]) > 1 else found
 """
 
 
@@ -55,7 +55,7 @@ def nodes(dtype: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "pipeline", "recipe=quickstart", "mode=plan", "format=json"]
     plan = subprocess.check_output(command, cwd=ROOT, env={**os.environ, "LLMPRESS_COMPUTE_DTYPE": dtype})
     kept = [node for node in json.loads(plan)["nodes"] if node["stage"] != "hidden_states"]
-    return [{key: node[key] for key in ("name", "stage", "params", "inputs")} | {"main": next(iter(node["outputs"]))} for node in kept]
+    return [{key: node[key] for key in ("name", "stage", "params", "inputs")} | {"outputs": list(node["outputs"])} for node in kept]
 
 
 def compare(dtype: str, repeats: int) -> None:
